@@ -1,0 +1,40 @@
+# Every task is one or two lines of ordinary tools. `make help` lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300
+
+# Progress bars are for people: stored outputs and the tests run without them, and offline.
+export TQDM_DISABLE := 1
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_PROGRESS_BARS := 1
+
+.PHONY: help book test notebooks repository clean
+.DEFAULT_GOAL := help
+
+help: ## list the tasks
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+# The environment: made when missing, remade when what it installs has changed.
+.venv/ready: requirements.txt pyproject.toml
+	@echo "Installing what requirements.txt lists into .venv (a few minutes the first time) ..."
+	$(PYTHON) -m venv .venv
+	$(PIP) install -r requirements.txt
+	$(PIP) install --no-deps --no-build-isolation -e .
+	touch $@
+
+book: .venv/ready ## build the book: _build/html/index.html (any warning is an error)
+	$(BIN)/jupyter-book build --all -W -n --keep-going .
+
+test: .venv/ready ## run the tests and every chapter, outputs compared (ARGS="tests/book -x")
+	$(PYTEST) $(or $(ARGS),tests book)
+
+notebooks: .venv/ready ## run the chapters and store their outputs (CHAPTER=03 for one)
+	$(BIN)/python scripts/notebooks.py $(CHAPTER)
+
+repository: .venv/ready ## point every link at a fork (REPO=owner/name)
+	$(BIN)/python scripts/set_repository.py $(REPO)
+
+clean: ## remove what book and test leave behind (the environment stays: rm -r .venv)
+	rm -rf _build build .pytest_cache .hypothesis *.egg-info
+	find . -path ./.venv -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +

@@ -1,0 +1,190 @@
+"""The pictures of the course: one function for each kind, one style, one palette.
+
+Each function draws on `ax` if it is given (see `panels`), else on a figure of its own, which it
+shows. All return None, so that a plotting cell has no output but its figure. The palette is
+Okabe and Ito's, which readers with any colour vision can tell apart; markers and line styles
+change along with the colours.
+"""
+
+from contextlib import contextmanager
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.patches import Rectangle
+
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = PALETTE = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+MARKERS, LINES = "osD^vPX", ("-", "--", "-.", ":")
+FROZEN, GRID = "#B8C4CE", "#DDDDDD"
+
+HOUSE = {
+    "figure.figsize": (6.4, 3.6), "figure.dpi": 150, "figure.constrained_layout.use": True,
+    "axes.prop_cycle": plt.cycler(color=PALETTE), "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID,
+    "font.size": 10, "axes.titlesize": 11, "legend.framealpha": 0.9, "legend.edgecolor": "white", "lines.linewidth": 1.8,
+    "lines.markersize": 5, "svg.hashsalt": "lora", "svg.fonttype": "path",
+}
+
+
+@contextmanager
+def panels(columns: int = 2, rows: int = 1, *, width: float = 4.2, height: float = 3.4, **options):
+    """Several pictures in one figure: `with panels(2) as (left, right): curves(..., ax=left)`.
+
+    Gives the axes, one row's or all in reading order, and shows the figure when the block ends.
+    """
+    with plt.rc_context(HOUSE):
+        _, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), **options)
+        yield axes.ravel() if rows * columns > 1 else [axes]
+        plt.show()
+
+
+def curves(series: dict, *, x=None, xlabel="step", ylabel="loss", title=None, logx=False,
+           logy=False, markers=False, ylim=None, hline=None, ax=None) -> None:
+    """One line for each label in `series`: {label: y}, or {label: (x, y)}.
+
+    Where y is two-dimensional, (repeats, points), the line is the mean and the band spans from
+    the least to the greatest repeat. `hline` is {label: height} for dashed reference lines.
+    """
+    with _axes(ax) as ax:
+        for i, (label, data) in enumerate(series.items()):
+            at, y = data if isinstance(data, tuple) else (x, data)
+            y = np.asarray(y, float)
+            at = np.arange(y.shape[-1]) if at is None else np.asarray(at, float)
+            color = PALETTE[i % len(PALETTE)]
+            ax.plot(at, y.mean(0) if y.ndim == 2 else y, LINES[i % len(LINES)], color=color,
+                    marker=MARKERS[i % len(MARKERS)] if markers else None, label=label)
+            if y.ndim == 2:
+                ax.fill_between(at, y.min(0), y.max(0), color=color, alpha=0.2, linewidth=0)
+        for label, height in (hline or {}).items():
+            ax.axhline(height, color=BLACK, linestyle=":", linewidth=1.2, label=label)
+        if logx:
+            ax.set_xscale("log", base=2)
+            ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        if logy:
+            ax.set_yscale("log")
+        if ylim:
+            ax.set_ylim(ylim)
+        _label(ax, xlabel, ylabel, title)
+        if len(series) > 1 or hline:
+            ax.legend()
+
+
+def points(groups: dict, *, ylabel, xlabel=None, title=None, ylim=None, logy=False, hline=None,
+           ax=None) -> None:
+    """Every repeat as a dot above its label, with a bar at the mean: {label: values}."""
+    with _axes(ax) as ax:
+        for i, (label, values) in enumerate(groups.items()):
+            values = np.asarray(values, float)
+            spread = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else [0]
+            color = PALETTE[i % len(PALETTE)]
+            ax.plot(i + np.asarray(spread), values, MARKERS[i % len(MARKERS)], color=color)
+            ax.plot([i - 0.28, i + 0.28], [values.mean()] * 2, color=color, linewidth=2.5)
+        for label, height in (hline or {}).items():
+            ax.axhline(height, color=BLACK, linestyle=":", linewidth=1.2, label=label)
+            ax.legend()
+        ax.set_xticks(range(len(groups)), list(groups))
+        ax.set_xlim(-0.6, len(groups) - 0.4)
+        if logy:
+            ax.set_yscale("log")
+        if ylim:
+            ax.set_ylim(ylim)
+        _label(ax, xlabel, ylabel, title)
+
+
+def bars(groups: dict, *, xlabel, title=None, logx=False, unit="", digits=3, ax=None) -> None:
+    """Horizontal bars with their values written out: {label: value}, or {label: {part: value}},
+    whose parts are stacked."""
+    with _axes(ax) as ax:
+        parts = list(dict.fromkeys(p for v in groups.values() if isinstance(v, dict) for p in v))
+        labels = list(groups)
+        left = np.zeros(len(labels))
+        for i, part in enumerate(parts or [None]):
+            width = np.array([groups[k].get(part, 0) if parts else groups[k] for k in labels], float)
+            ax.barh(labels, width, left=left, color=PALETTE[i % len(PALETTE)], label=part,
+                    edgecolor="white")
+            left += width
+        for y, total in enumerate(left):
+            ax.text(total, y, f" {total:,.{digits}g}{unit}", va="center")
+        ax.invert_yaxis()
+        ax.grid(axis="y", visible=False)
+        ax.margins(x=0.25)
+        if logx:
+            ax.set_xscale("log")
+        _label(ax, xlabel, None, title)
+        if parts:
+            ax.legend()
+
+
+def heatmap(values, *, rows, columns, xlabel, ylabel, title=None, unit="", form="{:.2f}",
+            colors="cividis", ax=None) -> None:
+    """A matrix as colours with each value written in its cell; `rows` and `columns` label it."""
+    with _axes(ax) as ax:
+        values = np.asarray(values, float)
+        image = ax.imshow(values, cmap=colors, aspect="auto")
+        middle = (np.nanmin(values) + np.nanmax(values)) / 2
+        for (i, j), value in np.ndenumerate(values):
+            ax.text(j, i, form.format(value), ha="center", va="center", fontsize=8,
+                    color="black" if value > middle else "white")
+        ax.set_xticks(range(len(columns)), columns)
+        ax.set_yticks(range(len(rows)), rows)
+        ax.grid(False)
+        ax.figure.colorbar(image, ax=ax, label=unit)
+        _label(ax, xlabel, ylabel, title)
+
+
+def images(rows: dict, *, count: int = 8) -> None:
+    """Rows of small square images, each row named: {label: (n, side * side)}, the first `count`."""
+    with plt.rc_context(HOUSE):
+        figure, axes = plt.subplots(len(rows), count, squeeze=False,
+                                    figsize=(0.75 * count + 1, 0.85 * len(rows)))
+        for line, (label, data) in zip(axes, rows.items()):
+            for ax, pixels in zip(line, data):
+                side = int(round(len(pixels) ** 0.5))
+                ax.imshow(pixels.reshape(side, side), cmap="gray_r")
+                ax.set(xticks=[], yticks=[])
+                ax.spines[:].set_visible(False)
+            line[0].set_ylabel(label, rotation=0, ha="right", va="center")
+        plt.show()
+
+
+def matrices(out_features: int = 4096, in_features: int = 4096, rank: int = 8, *, ax=None) -> None:
+    """The picture of LoRA: the frozen W, and beside it B and A, drawn with their shapes.
+
+    W, B, and A share one scale except that the thin side of B and A is drawn wide enough to see.
+    """
+    with _axes(ax) as ax:
+        side = max(out_features, in_features)
+        d, k, thin = out_features / side, in_features / side, max(rank / side, 0.07)
+        count = lambda n: f"{n / 1e6:.1f} M" if n >= 1e6 else f"{n / 1e3:.1f} K"
+        boxes = (
+            (0, k, d, FROZEN, "$W$", f"frozen\n{out_features} × {in_features}\n"
+             f"{count(out_features * in_features)} parameters"),
+            (k + 0.32, thin, d, ORANGE, "$B$", f"trained\n{out_features} × {rank}\n"
+             f"{count(out_features * rank)}"),
+            (k + thin + 0.6, k, thin, BLUE, "$A$", f"trained\n{rank} × {in_features}\n"
+             f"{count(rank * in_features)}"))
+        for x, width, height, color, name, caption in boxes:
+            ax.add_patch(Rectangle((x, (d - height) / 2), width, height, color=color))
+            big = min(width, height) > 0.3
+            ax.text(x + width / 2, d / 2 if big else (d + height) / 2 + 0.07, name, fontsize=16,
+                    ha="center", va="center")
+            ax.text(x + width / 2, (d - height) / 2 - 0.06, caption, ha="center", va="top",
+                    fontsize=9)
+        for x, sign in ((k + 0.16, r"$+\;\frac{\alpha}{r}$"), (k + thin + 0.46, r"$\times$")):
+            ax.text(x, d / 2, sign, fontsize=16, ha="center", va="center")
+        ax.set(xlim=(-0.15, 2 * k + thin + 0.75), ylim=(-0.42, d + 0.12), aspect="equal")
+        ax.axis("off")
+
+
+@contextmanager
+def _axes(ax):
+    if ax is not None:
+        yield ax
+        return
+    with plt.rc_context(HOUSE):
+        yield plt.subplots()[1]
+        plt.show()
+
+
+def _label(ax, xlabel, ylabel, title):
+    ax.set(**{k: v for k, v in (("xlabel", xlabel), ("ylabel", ylabel), ("title", title)) if v})

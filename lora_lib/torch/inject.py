@@ -1,0 +1,209 @@
+"""Putting adapters into a model, finding them again, merging them, taking them out."""
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Collection
+
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from lora_lib.torch.lora import LoRALinear, generator_of
+
+
+def inject(model: nn.Module, target_modules: str | list[str], rank: int = 8, alpha: float = 16.0,
+           dropout: float = 0.0, *, seed=None, **options) -> nn.Module:
+    """Put a LoRALinear in the place of every target and freeze all but the adapters.
+
+    `target_modules` is what PEFT takes: a list of names, each matching a module of that name or
+    whose path ends in it ("q_proj"); one such name; one regular expression that matches whole
+    paths; or "all-linear", every nn.Linear except the output head that
+    `model.get_output_embeddings()` gives. `seed` is LoRALayer's, and so are `options` (dtype,
+    init_std, use_rslora). Returns the same model; on an error it is as it was before.
+
+    Raises ValueError when a name matches nothing (the nearest names are listed), when a target
+    has an adapter already, when its weight is tied to another module's, or for a rank, alpha, or
+    dropout that cannot be; TypeError when a target is not an nn.Linear, or its weight is computed.
+    """
+    names = _find(model, target_modules)
+    plan = {name: (rank, alpha) for name in names}
+    return inject_each(model, plan, dropout, seed=seed, **options)
+
+
+def inject_each(model: nn.Module, plan: dict[str, tuple[int, float]], dropout: float = 0.0, *,
+                seed=None, **options) -> nn.Module:
+    """`inject` with a rank and an alpha of its own for each module path in `plan`."""
+    for name in plan:
+        _check_target(model, name)
+    seed = generator_of(seed)                      # one generator: each A is another draw
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    adapters = {}
+    try:
+        for name, (rank, alpha) in plan.items():
+            adapters[name] = LoRALinear(model.get_submodule(name), rank, alpha, dropout, seed=seed,
+                                        **options)
+    except Exception as error:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        if type(error) in (ValueError, TypeError):
+            raise type(error)(f"{name}: {error}") from error
+        raise
+    for name, adapter in adapters.items():
+        _replace(model, name, adapter)
+    model.requires_grad_(False)
+    for p in lora_parameters(model):
+        p.requires_grad_(True)
+    return model
+
+
+def lora_modules(model: nn.Module) -> dict[str, LoRALinear]:
+    """Every LoRALinear in the model, by its path."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """A and B of every adapter: what the optimizer gets."""
+    return [p for layer in lora_modules(model).values() for p in (layer.A, layer.B)]
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """A and B of every adapter under the names that PEFT gives them in its files."""
+    return {f"base_model.model.{name}.lora_{part}.weight": getattr(layer, part).detach()
+            for name, layer in lora_modules(model).items() for part in "AB"}
+
+
+def merge(model: nn.Module, *, keep_adapters: bool = False) -> nn.Module:
+    """Fold every adapter into its weight, in place, and leave plain nn.Linears behind.
+
+    With `keep_adapters` the LoRALinears stay, merged, and `unmerge` can undo it. Returns the same
+    model. Raises ValueError, before any weight is touched, if there is no adapter, or if a merged
+    weight would hold NaN or infinity.
+    """
+    layers = _adapted(model)
+    _rehearse(layers, merged=True)
+    for name, layer in layers.items():
+        layer.merge()
+        if not keep_adapters:
+            _replace(model, name, layer.linear)
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo `merge(model, keep_adapters=True)`, up to rounding. Returns the same model.
+
+    Raises ValueError as `merge` does.
+    """
+    layers = _adapted(model)
+    _rehearse(layers, merged=False)
+    for layer in layers.values():
+        layer.unmerge()
+    return model
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Take every adapter out and put the nn.Linear that it wrapped back, still frozen.
+
+    A merged one is unmerged first. Returns the same model. Raises ValueError as `merge` does.
+    """
+    layers = _adapted(model)
+    _rehearse(layers, merged=False)
+    for name, layer in layers.items():
+        _replace(model, name, layer.unmerge().linear)
+    return model
+
+
+def _adapted(model):
+    layers = lora_modules(model)
+    if not layers:
+        raise ValueError("the model holds no LoRALinear; inject() adapters first "
+                         "(merge() and remove() leave none behind)")
+    if "" in layers:
+        raise ValueError("the model is itself a LoRALinear and cannot be replaced inside a model; "
+                         "use its own merge(), unmerge() and linear")
+    return layers
+
+
+def _rehearse(layers, merged):
+    """Compute what is about to be written, so that an error comes before the first write."""
+    for name, layer in layers.items():
+        if layer.merged is not merged:
+            try:
+                (layer.merge_weights if merged else layer.unmerge_weights)(layer.weight)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+
+
+def _replace(model, name, module):
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by its path, without the model itself and without an adapter's own parts."""
+    inside = tuple(f"{name}." for name in lora_modules(model))
+    return {n: m for n, m in model.named_modules() if n and not n.startswith(inside)}
+
+
+def _find(model, target_modules):
+    """The paths that `target_modules` names, in the model's order."""
+    modules = base_modules(model)
+    if target_modules == "all-linear":
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        names = [n for n, m in modules.items()
+                 if isinstance(m, (nn.Linear, LoRALinear)) and m is not head]
+        if not names:
+            raise ValueError("target_modules='all-linear': the model has no nn.Linear to adapt")
+        return names
+    regex = isinstance(target_modules, str)
+    targets = [target_modules] if regex else target_modules
+    if not isinstance(targets, Collection) or not all(isinstance(t, str) for t in targets):
+        raise TypeError(f"target_modules must be a name or a list of names, "
+                        f"got {target_modules!r}")
+    if not targets or not all(targets):
+        raise ValueError(f"target_modules must name at least one module, got {target_modules!r}")
+    chosen = set()
+    for target in targets:
+        found = {n for n in modules if n == target or n.endswith(f".{target}")}
+        if regex and not found:
+            found = {n for n in modules if _full_match(target, n)}
+        if not found:
+            raise ValueError(f"target_modules: nothing in the model is called {target!r}; "
+                             f"{nearest(model, target)}")
+        chosen |= found
+    return [n for n in modules if n in chosen]
+
+
+def _full_match(pattern, name):
+    try:
+        return re.fullmatch(pattern, name)
+    except re.error as error:
+        raise ValueError(f"target_modules: {pattern!r} is no regular expression: "
+                         f"{error}") from error
+
+
+def nearest(model: nn.Module, name: str) -> str:
+    """A sentence that lists the linear layers whose names are nearest to `name`."""
+    paths = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, LoRALinear)) and n]
+    leaves = dict.fromkeys(n.rpartition(".")[2] for n in paths)
+    pool = paths if "." in name else list(leaves)
+    close = difflib.get_close_matches(name, pool, n=4, cutoff=0.3) or pool[:8]
+    return f"the nearest linear layers are {close}" if close else "it has no linear layer"
+
+
+def _check_target(model, name):
+    module = model.get_submodule(name)
+    if isinstance(module, LoRALinear):
+        state = "is merged into its weight" if module.merged else "is there"
+        raise ValueError(f"{name} has been adapted before, and the adapter {state}; "
+                         "remove() or merge() it before another inject()")
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        raise TypeError(f"{name} belongs to an nn.MultiheadAttention, which reads the weight "
+                        "without calling the layer: an adapter there would do nothing")
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"{name} is a {type(module).__name__}, expected an nn.Linear")
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    if uses[id(module.weight)] > 1:
+        owners = [n for n, p in model.named_parameters(remove_duplicate=False)
+                  if p is module.weight]
+        raise ValueError(f"{name} shares its weight with another module ({', '.join(owners)}): "
+                         "merging would change both. Untie them, or choose other targets")

@@ -1,0 +1,159 @@
+"""LoRA on tensors: the names of `lora_lib.numpy`, on any device, in any floating dtype."""
+
+import numbers
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_lib.rules import check_dropout, check_rank, init_std_of, scaling_of
+
+
+class LoRALayer(nn.Module):
+    """A low-rank update `scaling * B @ A` of a weight that lives elsewhere (Hu et al. 2021).
+
+    Shapes, with k = in_features, d = out_features, r = rank:
+        A (r, k)  projects down; drawn from N(0, init_std^2), init_std = 1 / sqrt(k) by default
+        B (d, r)  projects up; zeros, so that the update starts at zero
+        W (d, k)  the frozen weight, an argument of every method that needs it
+        x (..., k) and the output (..., d), with any number of leading dimensions
+
+    `scaling` is alpha / r, or alpha / sqrt(r) with `use_rslora`. `seed` is an integer or a CPU
+    torch.Generator; None draws from torch's global one. Raises ValueError or TypeError for a
+    rank, alpha, dtype, or shape that cannot be.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int = 8, alpha: float = 16.0, *,
+                 seed: int | torch.Generator | None = None, dtype=None, device=None,
+                 init_std: float | None = None, use_rslora: bool = False):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.rank, self.alpha = check_rank(rank, in_features, out_features), alpha
+        self.scaling = scaling_of(self.rank, alpha, use_rslora)
+        self.use_rslora = use_rslora
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating torch.dtype, got {dtype!r}")
+        # Drawn in float32 on the CPU, so that a seed means the same A on every device.
+        A = torch.randn(self.rank, in_features, generator=generator_of(seed), dtype=torch.float32)
+        A *= init_std_of(init_std, in_features)
+        self.A = nn.Parameter(A.to(device, dtype))
+        self.B = nn.Parameter(torch.zeros(out_features, self.rank, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, W: Tensor) -> Tensor:
+        """h = W x + scaling * B (A x), for each row x. B A is never formed."""
+        self._check(W)
+        return F.linear(x, W) + self.update(x)
+
+    def update(self, x: Tensor) -> Tensor:
+        """The adapter's own path, scaling * B (A x), (..., k) -> (..., d), in x's dtype.
+
+        Casting A and B to x's dtype, and scaling between the two products, touches r numbers a
+        row; casting x, or scaling the output, would touch k or d of them.
+        """
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        return F.linear(F.linear(x, A) * self.scaling, B)
+
+    def delta_weight(self) -> Tensor:
+        """The update itself, scaling * B @ A, (d, k); a product in float32 or better."""
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        return self.scaling * (self.B.to(dtype) @ self.A.to(dtype))
+
+    @torch.no_grad()
+    def merge_weights(self, W: Tensor) -> Tensor:
+        """A new tensor W + scaling * B A, rounded once, to W's dtype; W is left alone."""
+        return self._plus(W, 1)
+
+    @torch.no_grad()
+    def unmerge_weights(self, W: Tensor) -> Tensor:
+        """A new tensor W - scaling * B A: undoes `merge_weights`, up to rounding."""
+        return self._plus(W, -1)
+
+    def num_parameters(self) -> int:
+        """r (d + k): how many numbers are trained."""
+        return self.A.numel() + self.B.numel()
+
+    def compression_ratio(self) -> float:
+        """d k / (r (d + k)): how many times fewer than the full weight holds."""
+        return self.in_features * self.out_features / self.num_parameters()
+
+    def extra_repr(self) -> str:
+        return (f"in_features={self.in_features}, out_features={self.out_features}, "
+                f"rank={self.rank}, alpha={self.alpha}")
+
+    def _plus(self, W, sign):
+        self._check(W)
+        delta = self.delta_weight()
+        total = (W.to(torch.promote_types(W.dtype, delta.dtype)) + sign * delta).to(W.dtype)
+        if not torch.isfinite(total).all():
+            raise ValueError("W and scaling * B A add up to NaN or infinity; W is left alone")
+        return total
+
+    def _check(self, W):
+        shape = (self.out_features, self.in_features)
+        if tuple(W.shape) != shape:
+            raise ValueError(f"W must have shape (out_features, in_features) = {shape}, "
+                             f"got {tuple(W.shape)}")
+
+
+def generator_of(seed: int | torch.Generator | None) -> torch.Generator | None:
+    """A generator of its own for an integer `seed`; a generator, or None, as it is."""
+    return torch.Generator().manual_seed(int(seed)) if isinstance(seed, numbers.Integral) else seed
+
+
+class LoRALinear(LoRALayer):
+    """A frozen nn.Linear, y = W x + b, with a trainable low-rank update beside it.
+
+    `linear` is kept as it is (its weight is shared, not copied) and frozen. A and B live on its
+    device, in `dtype`: by default the weight's, or float32 beside a 16-bit weight, where small
+    steps would round to nothing. `dropout` acts on the adapter's input, while training.
+    Raises TypeError if `linear` is not an nn.Linear, or computes its weight (a parametrization,
+    weight_norm): merging could not write there. The rest is LoRALayer's.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int = 8, alpha: float = 16.0,
+                 dropout: float = 0.0, *, dtype=None, **options):
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"expected an nn.Linear to adapt, got {type(linear).__name__}")
+        W = linear.weight
+        if not isinstance(W, nn.Parameter):
+            raise TypeError("the layer's weight is not a parameter but computed, by a "
+                            "parametrization or a hook: remove that first")
+        dropout = check_dropout(dropout)
+        dtype = dtype or torch.promote_types(W.dtype, torch.float32)
+        super().__init__(linear.in_features, linear.out_features, rank, alpha, dtype=dtype,
+                         device=W.device, **options)
+        self.linear = linear.requires_grad_(False)
+        self.dropout = nn.Dropout(dropout)
+        self.merged = False
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., k) -> (..., d)."""
+        if self.merged:                          # the update is in the weight already
+            return self.linear(x)
+        return self.linear(x) + self.update(self.dropout(x))
+
+    def merge(self) -> "LoRALinear":
+        """Fold the update into the weight, in place. Merging a merged layer changes nothing."""
+        if not self.merged:
+            self.linear.weight.data.copy_(self.merge_weights(self.linear.weight))
+            self.merged = True
+        return self
+
+    def unmerge(self) -> "LoRALinear":
+        """Take the update out of the weight again, exact up to rounding in its dtype."""
+        if self.merged:
+            self.linear.weight.data.copy_(self.unmerge_weights(self.linear.weight))
+            self.merged = False
+        return self
+
+    @property
+    def weight(self) -> Tensor:
+        """The linear layer's own weight (d, k): without the update unless `merged`."""
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The linear layer's own bias (d,), or None."""
+        return self.linear.bias

@@ -1,0 +1,46 @@
+"""The built pages, when `make book` has built them."""
+
+import pytest
+from bs4 import BeautifulSoup
+
+import notebooks
+
+HTML = notebooks.ROOT / "_build" / "html"
+PAGES = sorted(path.stem for path in notebooks.BOOK.glob("*.*") if path.suffix in (".md", ".ipynb"))
+
+pytestmark = pytest.mark.skipif(not HTML.is_dir(), reason="the book is not built: make book")
+each_page = pytest.mark.parametrize("name", PAGES)
+
+
+def page(name: str) -> BeautifulSoup:
+    path = HTML / "book" / f"{name}.html"
+    assert path.is_file(), f"{name} is not among the built pages: run make book"
+    return BeautifulSoup(path.read_text("utf8"), "html.parser")
+
+
+@each_page
+def test_math_is_handed_to_mathjax(name):
+    article = page(name).find("article")
+    for code in article.find_all(["pre", "code"]):
+        code.decompose()
+    assert "$" not in article.get_text()
+
+
+@each_page
+def test_every_image_has_words(name):
+    for image in page(name).find_all("img"):
+        assert image.get("alt"), image
+
+
+@each_page
+def test_a_page_loads_nothing_from_elsewhere(name):
+    soup = page(name)
+    loaded = [tag["src"] for tag in soup.find_all(["script", "img", "iframe"], src=True)]
+    sheets = {"stylesheet", "preload", "icon"}
+    loaded += [link["href"] for link in soup.find_all("link") if sheets & set(link["rel"])]
+    assert [address for address in loaded if "//" in address] == []
+
+
+def test_the_book_opens_at_its_first_page():
+    assert "book/index.html" in (HTML / "index.html").read_text("utf8")
+    assert (HTML / "_static" / "mathjax" / "tex-chtml.js").is_file()
