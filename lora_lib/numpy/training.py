@@ -43,5 +43,5 @@ def accuracy(network: Network, x: np.ndarray, y: np.ndarray) -> float:
 def _steps(steps, progress):
     if not progress:
         return range(steps)
-    from tqdm.auto import tqdm                        # only the progress bar needs it
+    from tqdm import tqdm                             # only the progress bar needs it
     return tqdm(range(steps), unit="step", leave=False)

@@ -107,7 +107,7 @@ def test_the_dtype_stays(dtype, alpha):
     assert out.dtype == layer.backward(out, x, W).dtype == layer.A_grad.dtype == dtype
     assert layer.merge_weights(W).dtype == layer.delta_weight().dtype == dtype
     exact = x.astype(float) @ (W + 8 * layer.B.astype(float) @ layer.A.astype(float)).T
-    np.testing.assert_allclose(out, exact, rtol=8 * np.finfo(dtype).eps, atol=1e-2 * (dtype == np.float16))
+    np.testing.assert_allclose(out, exact, rtol=0, atol=200 * np.finfo(dtype).eps)
 
 
 def test_the_start_is_the_frozen_layer():
@@ -192,8 +192,10 @@ def test_what_cannot_be_is_refused(options, error, message):
 def test_shapes_that_do_not_fit_are_named(W, x, g, message):
     layer = LoRALayer(4, 3, 2, seed=0)
     with pytest.raises(ValueError, match=message):
-        layer.forward(np.ones(x), np.ones(W))
         layer.backward(np.ones(g), np.ones(x), np.ones(W))
+    if "output" not in message:
+        with pytest.raises(ValueError, match=message):
+            layer.forward(np.ones(x), np.ones(W))
     assert layer.A_grad is None and layer.B_grad is None
 
 
@@ -203,9 +205,8 @@ def test_merge_refuses_what_is_not_finite():
     W = np.ones((3, 4), np.float16)
     with pytest.raises(ValueError, match="NaN or infinity"):    # 80,000 is beyond float16
         layer.merge_weights(W)
-    layer.B[0, 0] = np.nan
     with pytest.raises(ValueError, match="NaN or infinity"):
-        LoRALinear(W, rank=2, dtype=np.float64).unmerge_weights(np.full((3, 4), np.nan))
+        LoRALayer(4, 3, 2).unmerge_weights(np.full((3, 4), np.nan))
     linear = LoRALinear(W, rank=2)
     linear.B[0, 0] = np.nan
     with pytest.raises(ValueError, match="NaN or infinity"):
@@ -261,7 +262,7 @@ class TestLoRALinear:
             layer.backward(grad)
         assert layer.unmerge().unmerge() is layer and not layer.merged
         np.testing.assert_allclose(layer.weight, W, rtol=1e-13, atol=1e-15)
-        np.testing.assert_array_equal(W, frozen)                # the caller's array is never written
+        np.testing.assert_array_equal(W, frozen)                # the caller's array is not written
         layer.forward(x)
         np.testing.assert_allclose(layer.backward(grad), outer, rtol=1e-12)
 

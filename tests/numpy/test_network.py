@@ -157,7 +157,8 @@ def test_a_frozen_network_has_no_gradients_but_the_inputs():
 class TestInject:
     def test_only_A_and_B_are_trainable_and_the_output_stays(self):
         network = mlp(8, 7, 6, 5, seed=0)
-        x, weights = np.random.default_rng(0).normal(size=(4, 8)), [a.weight for a in network.layers[::2]]
+        x = np.random.default_rng(0).normal(size=(4, 8))
+        weights = [layer.weight for layer in network.layers[::2]]
         before = network(x)
         assert inject(network, rank=3, alpha=6.0, seed=1) is network
         np.testing.assert_array_equal(network(x), before)

@@ -34,7 +34,7 @@ def test_twenty_steps_are_torchs(ours, reference):
         reference.step()
         np.testing.assert_allclose(layer.P, tensors[0], rtol=1e-11)
         np.testing.assert_allclose(layer.Q, tensors[1], rtol=1e-11)
-    assert layer.P is kept                                       # in place: a shared array moves too
+    assert layer.P is kept                                       # in place
 
 
 def test_float32_stays_float32():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_lib.numpy import SGD, Network, accuracy, inject, mlp, train
+from lora_lib.numpy import SGD, Network, accuracy, freeze, inject, mlp, train
 
 
 def data(n=90, seed=0):
@@ -99,8 +99,6 @@ def test_progress_gives_the_same_losses():
 
 
 def test_what_cannot_be_is_refused():
-    from lora_lib.numpy import freeze
-
     x, y = data()
     with pytest.raises(ValueError, match="nothing is trainable"):
         train(freeze(mlp(6, 4)), x, y, steps=1)
