@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Polygon, Rectangle
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = PALETTE = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -111,8 +111,8 @@ def bars(groups: dict, *, xlabel, title=None, logx=False, unit="", digits=3, ax=
         if logx:
             ax.set_xscale("log")
         _label(ax, xlabel, None, title)
-        if parts:
-            ax.legend()
+        if parts:                                    # above the bars, which fill the axes
+            ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.08 if title else 1), ncols=2)
 
 
 def heatmap(values, *, rows, columns, xlabel, ylabel, title=None, unit="", form="{:.2f}",
@@ -173,6 +173,48 @@ def matrices(out_features: int = 4096, in_features: int = 4096, rank: int = 8, *
         for x, sign in ((k + 0.16, r"$+\;\frac{\alpha}{r}$"), (k + thin + 0.46, r"$\times$")):
             ax.text(x, d / 2, sign, fontsize=16, ha="center", va="center")
         ax.set(xlim=(-0.15, 2 * k + thin + 0.75), ylim=(-0.42, d + 0.12), aspect="equal")
+        ax.axis("off")
+
+
+def paths(*, backward: bool = False, ax=None) -> None:
+    """The two ways through a LoRA layer: from x to h or, `backward`, from the gradient g to dL/dx.
+
+    The frozen W is above; below it A narrows k numbers to r and B widens r to d.
+    """
+    with _axes(ax) as ax:
+        high, low = 2.35, 0.75                               # the two paths, middle lines
+        for box, color, name, at in (
+                ([(3.4, 1.75), (3.4, 2.95), (6.6, 2.85), (6.6, 1.85)], FROZEN, "$W$", high),
+                ([(2.5, 0.15), (2.5, 1.35), (4.0, 0.9), (4.0, 0.6)], BLUE, "$A$", low),
+                ([(6.0, 0.6), (6.0, 0.9), (7.5, 1.25), (7.5, 0.25)], ORANGE, "$B$", low)):
+            ax.add_patch(Polygon(box, color=color))
+            ax.text(sum(x for x, _ in box) / 4, at, name, fontsize=14, ha="center", va="center",
+                    color="white" if color == BLUE else "black")
+        split, join = (1.25, 1.55), (8.6, 1.55)
+        for points in (((0.75, 1.55), split), (split, (1.25, high), (3.35, high)),
+                       (split, (1.25, low), (2.45, low)), ((4.05, low), (5.95, low)),
+                       ((7.55, low), (8.6, low), join), ((6.65, high), (8.6, high), join),
+                       (join, (9.3, 1.55))):
+            points = points[::-1] if backward else points
+            ax.plot(*zip(*points[:-1]), color=BLACK, linewidth=1.2)
+            ax.annotate("", points[-1], points[-2], arrowprops={
+                "arrowstyle": "-|>", "color": BLACK, "shrinkA": 0, "shrinkB": 0})
+        labels = (("$g\\,W$", 2.3, high + 0.12, "left"), ("$g\\,B$", 5, low + 0.12, "center"),
+                  ("$g\\,B\\,A$", 1.35, low - 0.42, "left")) if backward else (
+                 ("$W x$", 7.6, high + 0.12, "center"), ("$A x$", 5, low + 0.12, "center"),
+                 ("$B A x$", 7.65, low - 0.42, "left"))
+        for text, x, y, side in labels:
+            ax.text(x, y, text, ha=side)
+        ax.text(5, low - 0.14, "$r$ numbers", ha="center", va="top", fontsize=9)
+        plus = split if backward else join
+        ax.text(*plus, "+", ha="center", va="center", fontsize=12,
+                bbox={"boxstyle": "circle,pad=0.2", "facecolor": "white", "edgecolor": BLACK})
+        left, right = ("$dL/dx$", "$g$") if backward else ("$x$", "$h$")
+        for x, name, size, side in ((0.6, left, "$k$", "right"), (9.4, right, "$d$", "left")):
+            ax.text(x, 1.6, name, ha=side, va="bottom", fontsize=13)
+            ax.text(x, 1.5, f"{size} numbers", ha=side, va="top", fontsize=9)
+        ax.text(8.7, 1.1, r"$\times\,\alpha/r$", va="center")
+        ax.set(xlim=(-1.2, 11.2), ylim=(-0.1, 3.1))
         ax.axis("off")
 
 

@@ -79,11 +79,10 @@ class Tale:
         kind = self.rng.choice(list(EVENTS))
         words = {name: self.rng.choice(choices) for name, choices in LISTS.items()}
         words["p"] = self.rng.choice(self.cast)
-        words["q"] = self.rng.choice([q for q in self.cast if q != words["p"]])
         if kind == "gives" and self.holder:
             words["thing"] = self.rng.choice(list(self.holder))
             words["p"] = self.holder[words["thing"]]
-            words["q"] = self.rng.choice([q for q in self.cast if q != words["p"]])
+        words["q"] = self.rng.choice([q for q in self.cast if q != words["p"]])
         words["question"] = self._question(words["p"])
         if self._happens(kind, words):
             sentence = self.rng.choice(EVENTS[kind]).format(**words)
@@ -104,7 +103,7 @@ class Tale:
                 self.where[p] = self.where[q] = place
             case "gets" if thing not in self.holder and len(self.holder) < 2:
                 self.holder[thing], self.color[thing] = p, words["color"]
-            case "gives" if self.holder.get(thing) == p and p != q:
+            case "gives" if self.holder.get(thing) == p:
                 self.holder[thing] = q
             case "feels":
                 self.feeling[p] = words["feeling"]
@@ -207,7 +206,7 @@ def questions(n: int, seed: int = 0, kinds: Sequence[str] = tuple(FACTS),
     ends in "A:" and the answer is a space, one word and a newline. No tale in `tales` is followed
     by a question. Raises ValueError for an unknown kind.
     """
-    if unknown := set(kinds) - set(FACTS) or not kinds:
+    if not kinds or not set(kinds) <= set(FACTS):
         raise ValueError(f"kinds must be some of {list(FACTS)}, got {kinds!r}")
     rng = random.Random(f"questions {seed}")
     pairs = []

@@ -62,7 +62,10 @@ class LoRALayer:
         return self.scaling * (self.B @ self.A)
 
     def merge_weights(self, W: np.ndarray) -> np.ndarray:
-        """A new array W + scaling * B A, in W's dtype; W is left alone."""
+        """A new array W + scaling * B A, in W's dtype; W is left alone.
+
+        Raises ValueError if the sum holds NaN or infinity.
+        """
         return self._plus(W, 1)
 
     def unmerge_weights(self, W: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from lora_lib.text import Tokenizer
@@ -48,15 +48,14 @@ class RMSNorm(nn.Module):
 
 
 def rotary(length: int, size: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (length, size) of position * theta^(-2i / size), in the dtype of `like`.
+    """Cosines and sines (length, size) of position / theta^(2i / size), in the dtype of `like`.
 
     Both halves of the last dimension hold the same size / 2 angles (Su et al. 2021). The angles
-    are taken in float32, as transformers takes them; a float64 model takes them in float64.
+    are float32 whatever the dtype, as in transformers.
     """
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    frequencies = theta ** -(torch.arange(0, size, 2, dtype=dtype, device=like.device) / size)
-    angles = torch.outer(torch.arange(length, dtype=dtype, device=like.device), frequencies)
-    angles = torch.cat([angles, angles], dim=-1)
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=like.device) / size
+    positions = torch.arange(length, dtype=torch.float32, device=like.device)
+    angles = torch.outer(positions, 1.0 / theta ** exponents).repeat(1, 2)
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
@@ -117,7 +116,7 @@ class LanguageModel(nn.Module):
     """Tokens (batch, length) to logits (batch, length, vocab): a Llama (Touvron et al. 2023).
 
     Modules are named as in transformers' LlamaForCausalLM, so weights, and adapters, fit both.
-    `lm_head` shares the embedding's weight. `seed` draws the first weights from N(0, 0.02^2).
+    `lm_head` shares the embedding's weight. `seed` draws the first weights.
     """
 
     def __init__(self, config: LanguageModelConfig, *, seed: int | None = None):
@@ -129,21 +128,139 @@ class LanguageModel(nn.Module):
             "norm": RMSNorm(config.hidden_size, config.norm_eps)})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.lm_head.weight = self.model.embed_tokens.weight
+        self._draw(seed)
+
+    def _draw(self, seed):
+        """Every weight from N(0, 1 / inputs); 2 * num_layers times less variance where a layer
+        adds to the residual path, whose size then does not grow with depth."""
         generator = torch.Generator()
         generator.manual_seed(seed) if seed is not None else generator.seed()
-        for parameter in self.parameters():
-            if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.02, generator=generator)
+        for name, weight in self.named_parameters():
+            if weight.ndim == 2:
+                adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+                variance = 1 / weight.shape[1] / (2 * self.config.num_layers if adds else 1)
+                nn.init.normal_(weight, std=variance ** 0.5, generator=generator)
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Logits for the token after each; a position sees itself and what is left of it.
+
+        Padding on the right therefore changes nothing to its left. Raises ValueError unless
+        `tokens` is (batch, length).
+        """
         if tokens.ndim != 2:
             raise ValueError(f"tokens must have shape (batch, length), got {tuple(tokens.shape)}")
-        x = self.model["embed_tokens"](tokens)
+        x = self.model.embed_tokens(tokens)
         size = self.config.hidden_size // self.config.num_heads
         cosines, sines = rotary(tokens.shape[1], size, self.config.rope_theta, like=x)
-        for layer in self.model["layers"]:
+        for layer in self.model.layers:
             x = layer(x, cosines, sines)
-        return self.lm_head(self.model["norm"](x))
+        return self.lm_head(self.model.norm(x))
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, max_new_tokens: int, *, stop: Sequence[int] = (),
+                 temperature: float = 0.0, seed: int | None = None) -> Tensor:
+        """Continue tokens (batch, length), all of one length, by up to `max_new_tokens`.
+
+        The likeliest token each time; with a temperature above 0, one drawn from
+        softmax(logits / temperature). A row ends with the first token that is in `stop`, which
+        then fills it up; when all have ended, so does the loop.
+        """
+        if not temperature >= 0:
+            raise ValueError(f"temperature must not be negative, got {temperature}")
+        generator = torch.Generator(tokens.device)
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+        stops = torch.tensor(list(stop), dtype=tokens.dtype, device=tokens.device)
+        ended = torch.zeros(len(tokens), 1, dtype=torch.bool, device=tokens.device)
+        for _ in range(max_new_tokens):
+            logits = self(tokens)[:, -1].float()
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                chances = (logits / temperature).softmax(-1)
+                token = torch.multinomial(chances, 1, generator=generator)
+            token = torch.where(ended, tokens[:, -1:], token)
+            tokens, ended = torch.cat([tokens, token], dim=1), ended | torch.isin(token, stops)
+            if ended.all():
+                break
+        return tokens
+
+
+def complete(model: nn.Module, tokenizer: Tokenizer, prompt: str, max_new_tokens: int = 40,
+             **options) -> str:
+    """How the model goes on after `prompt`, up to a newline or the end of the text.
+
+    `options` are `generate`'s temperature and seed.
+    """
+    newline = tokenizer.encode("\n")[0]
+    start = [tokenizer.end, *tokenizer.encode(prompt)]
+    tokens = torch.tensor([start], device=next(model.parameters()).device)
+    tokens = model.generate(tokens, max_new_tokens, stop=(tokenizer.end, newline), **options)
+    return tokenizer.decode(tokens[0, len(start):].tolist())
+
+
+def exact_match(model: nn.Module, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]],
+                batch_size: int = 256) -> float:
+    """The share of pairs (prompt, answer) whose whole answer greedy decoding would produce.
+
+    One forward pass over prompt and answer is enough. Greedy decoding writes the answer if and
+    only if each of its tokens is the likeliest after the prompt and the answer's tokens before
+    it, and these are just the positions that the pass has computed.
+    """
+    right = 0
+    for logits, labels in _passes(model, tokenizer, pairs, batch_size):
+        right += ((logits.argmax(-1) == labels) | (labels == -100)).all(dim=1).sum().item()
+    return right / len(pairs)
+
+
+def mean_loss(model: nn.Module, tokenizer: Tokenizer, examples: Sequence[str | tuple[str, str]],
+              batch_size: int = 256) -> float:
+    """The cross-entropy in nats per token: of whole texts, or of the answers in pairs."""
+    total = count = 0
+    for logits, labels in _passes(model, tokenizer, examples, batch_size):
+        total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
+        count += (labels != -100).sum().item()
+    return total / count
+
+
+def _passes(model, tokenizer, examples, batch_size):
+    """Logits and labels of all examples, a batch at a time."""
+    if not examples:
+        raise ValueError("there must be at least one example, got none")
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    try:
+        for start in range(0, len(examples), batch_size):
+            inputs, labels = (torch.from_numpy(array).to(device) for array in
+                              tokenizer.batch(examples[start:start + batch_size]))
+            with torch.no_grad():
+                outputs = model(inputs)
+            yield getattr(outputs, "logits", outputs), labels
+    finally:
+        model.train(training)
+
+
+def load_pretrained(name: str = "tales", dtype: torch.dtype = torch.float32,
+                    device: str | torch.device = "cpu") -> LanguageModel:
+    """The pretrained model `name` in eval mode, with its `tokenizer` and its `pretraining` record.
+
+    The weights are stored in bfloat16, which float32 and float64 hold exactly. Raises ValueError
+    for an unknown name, or if the word lists have changed since the weights were trained.
+    """
+    path = WEIGHTS / f"{name}.safetensors"
+    names = sorted(p.stem for p in WEIGHTS.glob("*.safetensors"))
+    if name not in names:
+        raise ValueError(f"name must be one of {names}, got {name!r}")
+    with safe_open(path, framework="pt") as file:
+        record = {key: json.loads(value) for key, value in file.metadata().items()}
+        weights = {key: file.get_tensor(key) for key in file.keys()}
+    tokenizer = Tokenizer()
+    if record.pop("tokens") != tokenizer.tokens:
+        raise ValueError(f"{path.name} was trained on other words than lora_lib.text has now; "
+                         "run scripts/pretrain_language_model.py again")
+    model = LanguageModel(LanguageModelConfig(**record.pop("config")), seed=0)
+    model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+    model.tokenizer, model.pretraining = tokenizer, record
+    return model.to(device, dtype).eval()

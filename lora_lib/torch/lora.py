@@ -61,7 +61,10 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def merge_weights(self, W: Tensor) -> Tensor:
-        """A new tensor W + scaling * B A, rounded once, to W's dtype; W is left alone."""
+        """A new tensor W + scaling * B A, rounded once, to W's dtype; W is left alone.
+
+        Raises ValueError if the sum holds NaN or infinity.
+        """
         return self._plus(W, 1)
 
     @torch.no_grad()

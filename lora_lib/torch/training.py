@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from lora_lib.torch.resume import TrainingRun, fingerprint
 
@@ -88,8 +88,9 @@ def fine_tune(model: nn.Module, data: tuple[Tensor, ...], *, steps: int, batch_s
         if path is not None and path.exists():
             run.load(path, steps, schedule)
         start = len(run.losses)
+        hidden = {} if progress else {"disable": True}     # else TQDM_DISABLE decides
         bar = tqdm(islice(rows_of, start, steps), initial=start, total=steps, unit="step",
-                   leave=False, disable=not progress)
+                   leave=False, **hidden)
         for step, rows in enumerate(bar, start):
             *inputs, labels = (tensor[rows.to(tensor.device)].to(device) for tensor in data)
             with _autocast(precision, device):

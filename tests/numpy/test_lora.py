@@ -272,7 +272,8 @@ class TestLoRALinear:
 
     def test_the_adapter_has_the_weights_dtype(self):
         assert LoRALinear(np.ones((3, 4), np.float32), rank=1).A.dtype == np.float32
-        assert LoRALinear(np.ones((3, 4), np.float32), rank=1, dtype=np.float64).A.dtype == float
+        wide = LoRALinear(np.ones((3, 4), np.float32), rank=1, dtype=np.float64)
+        assert wide.A.dtype == np.float64 and wide.merge().weight.dtype == np.float32
 
     @pytest.mark.parametrize("weight, bias, error, message", [
         (np.ones(4), None, ValueError, r"two dimensions .* got shape \(4,\)"),

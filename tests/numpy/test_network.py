@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_lib.numpy import (Linear, LoRALinear, Network, ReLU, freeze, inject, merge, mlp,
+from lora_lib.numpy import (Linear, LoRALinear, ReLU, freeze, inject, merge, mlp,
                             softmax_cross_entropy)
 
 
