@@ -188,7 +188,7 @@ def paths(*, backward: bool = False, ax=None) -> None:
                 ([(2.5, 0.15), (2.5, 1.35), (4.0, 0.9), (4.0, 0.6)], BLUE, "$A$", low),
                 ([(6.0, 0.6), (6.0, 0.9), (7.5, 1.25), (7.5, 0.25)], ORANGE, "$B$", low)):
             ax.add_patch(Polygon(box, color=color))
-            ax.text(sum(x for x, _ in box) / 4, at, name, fontsize=14, ha="center", va="center",
+            ax.text(sum(x for x, _ in box) / 4, at, name, fontsize=16, ha="center", va="center",
                     color="white" if color == BLUE else "black")
         split, join = (1.25, 1.55), (8.6, 1.55)
         for points in (((0.75, 1.55), split), (split, (1.25, high), (3.35, high)),
@@ -204,17 +204,17 @@ def paths(*, backward: bool = False, ax=None) -> None:
                  ("$W x$", 7.6, high + 0.12, "center"), ("$A x$", 5, low + 0.12, "center"),
                  ("$B A x$", 7.65, low - 0.42, "left"))
         for text, x, y, side in labels:
-            ax.text(x, y, text, ha=side)
-        ax.text(5, low - 0.14, "$r$ numbers", ha="center", va="top", fontsize=9)
+            ax.text(x, y, text, ha=side, fontsize=12)
+        ax.text(5, low - 0.14, "$r$ numbers", ha="center", va="top", fontsize=11)
         plus = split if backward else join
         ax.text(*plus, "+", ha="center", va="center", fontsize=12,
                 bbox={"boxstyle": "circle,pad=0.2", "facecolor": "white", "edgecolor": BLACK})
         left, right = ("$dL/dx$", "$g$") if backward else ("$x$", "$h$")
         for x, name, size, side in ((0.6, left, "$k$", "right"), (9.4, right, "$d$", "left")):
-            ax.text(x, 1.6, name, ha=side, va="bottom", fontsize=13)
-            ax.text(x, 1.5, f"{size} numbers", ha=side, va="top", fontsize=9)
-        ax.text(8.7, 1.1, r"$\times\,\alpha/r$", va="center")
-        ax.set(xlim=(-1.2, 11.2), ylim=(-0.1, 3.1))
+            ax.text(x, 1.6, name, ha=side, va="bottom", fontsize=15)
+            ax.text(x, 1.5, f"{size} numbers", ha=side, va="top", fontsize=11)
+        ax.text(8.7, 1.1, r"$\times\,\alpha/r$", va="center", fontsize=12)
+        ax.set(xlim=(-1.3, 11.3), ylim=(-0.1, 3.1))
         ax.axis("off")
 
 

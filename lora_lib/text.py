@@ -14,7 +14,8 @@ import numpy as np
 PEOPLE = "Ada Anna Hugo Ines Ivan Karl Lena Maya Mira Nora Omar Otto Pavel Ravi Tomas Zoe".split()
 PLACES = ("barn bridge castle cave field forest garden harbor island lake market mill orchard "
           "river school tower").split()
-THINGS = "basket bell book coin cup drum flute hat key lamp letter map mirror ring rope shell".split()
+THINGS = ("basket bell book coin cup drum flute hat key lamp letter map mirror ring rope "
+          "shell").split()
 COLORS = "black blue brown gray green red white yellow".split()
 FEELINGS = "angry brave calm glad hungry proud sad tired".split()
 TRADES = "baker cook doctor farmer miller painter sailor weaver".split()
@@ -54,8 +55,9 @@ PRESENT, STRANGERS = 0.1, 0.05    # in the corpus: tales in the present tense, i
 class Tale:
     """A cast of two or three people, what happens to them in `length` sentences, and the facts.
 
-    `strangers` is the share of people with an invented name. The state maps names to words: `where`, `feeling` and `trade` by person, `holder` and `color`
-    by thing. `sentences` still hold their verbs as [past|present].
+    `strangers` is the share of people with an invented name. The state maps names to words:
+    `where`, `feeling` and `trade` by person, `holder` and `color` by thing. `sentences` still
+    hold their verbs as [past|present].
     """
 
     def __init__(self, rng: random.Random, length: int, strangers: float = 0.0):
@@ -116,7 +118,7 @@ class Tale:
         return True
 
     def _question(self, asker):
-        """A question that someone else than the one it is about may ask; None if nothing is known."""
+        """A question about anything but the asker; None if nothing is known."""
         asked = [(kind, key) for kind, key, _ in self.facts() if key != asker]
         if asked:
             kind, key = self.rng.choice(asked)
@@ -136,7 +138,7 @@ class Tale:
                 for key, answer in table.items()]
 
     def pick(self, kinds: Sequence[str]) -> tuple[str, str, str] | None:
-        """One of the facts of these kinds, each kind as likely as another; None if there is none."""
+        """One of the facts of these kinds, each kind as likely as another, or None."""
         facts = [fact for fact in self.facts() if fact[0] in kinds]
         if facts:
             kind = self.rng.choice(list(dict.fromkeys(kind for kind, _, _ in facts)))
@@ -198,20 +200,22 @@ def in_present(text: str) -> bool:
     return PAST.isdisjoint(re.findall(r"\w+", text))
 
 
-def questions(n: int, seed: int = 0, kinds: Sequence[str] = tuple(FACTS),
-              strangers: float = 0.0) -> list[tuple[str, str]]:
+def questions(n: int, seed: int = 0, kinds: Sequence[str] = tuple(FACTS), *,
+              length: Sequence[int] = (3, 4), strangers: float = 0.0) -> list[tuple[str, str]]:
     """`n` pairs (prompt, answer): a tale without an ending, a question on a new line, its answer.
 
-    `kinds` says which facts to ask for, out of `FACTS`; each is as likely as another. The prompt
-    ends in "A:" and the answer is a space, one word and a newline. No tale in `tales` is followed
-    by a question. Raises ValueError for an unknown kind.
+    `kinds` says which facts to ask for, out of `FACTS`: of those that a tale knows, each is as
+    likely as another. A tale's number of sentences is drawn from `length`; more make it harder,
+    and so do people with an invented name, whose share is `strangers`. The prompt ends in "A:",
+    the answer is a space, a word and a newline; no text in `tales` has this form.
+    Raises ValueError for an unknown kind.
     """
     if not kinds or not set(kinds) <= set(FACTS):
         raise ValueError(f"kinds must be some of {list(FACTS)}, got {kinds!r}")
     rng = random.Random(f"questions {seed}")
     pairs = []
     for _ in range(n):
-        tale, (kind, key, answer) = _tale(rng, (3, 4), kinds, strangers)
+        tale, (kind, key, answer) = _tale(rng, length, kinds, strangers)
         prompt = PROMPT.format(tale=tale.text(), question=FACTS[kind][1].format(key=key))
         pairs.append((prompt, ANSWER.format(answer=answer)))
     return pairs

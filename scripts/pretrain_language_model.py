@@ -25,10 +25,13 @@ def pack(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[torch.Tensor, torc
     """Inputs and labels (rows, ROW), each row with as many whole texts as fit, end between them.
 
     Several texts in a row waste less padding than one, and train the later positions as well.
+    A text too long for a row is left out.
     """
     rows, row = [], [tokenizer.end]
     for text in texts:
         ids = [*tokenizer.encode(text), tokenizer.end]
+        if len(ids) > ROW:
+            continue
         if len(row) + len(ids) > ROW + 1:
             rows.append(row)
             row = [tokenizer.end]

@@ -36,7 +36,7 @@ def llama(model: LanguageModel) -> LlamaForCausalLM:
         vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
         num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, rms_norm_eps=c.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        tie_word_embeddings=True, attn_implementation="eager"))
+        tie_word_embeddings=True, attn_implementation="sdpa"))
     twin.load_state_dict(model.state_dict())                # strict: the keys are the same
     return twin.to(next(model.parameters()).dtype).eval()
 
@@ -49,11 +49,11 @@ def pretrained() -> LanguageModel:
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("which", ["small", "pretrained"])
 @torch.no_grad()
-def test_logits_are_those_of_transformers(which, dtype, tolerance, pretrained, monkeypatch):
+def test_logits_are_those_of_transformers(which, dtype, tolerance, monkeypatch):
     if dtype == torch.float64:                 # transformers rounds its norms to float32
         monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: F.rms_norm(
             x, self.weight.shape, self.weight, self.variance_epsilon))
-    model = LanguageModel(SMALL, seed=0).to(dtype) if which == "small" else load_pretrained(dtype=dtype)
+    model = (LanguageModel(SMALL, seed=0) if which == "small" else load_pretrained()).to(dtype)
     x = tokens(3, 70)
     ours, theirs = model(x), llama(model)(x, use_cache=False).logits
     assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
@@ -184,7 +184,8 @@ def test_mean_loss_counts_tokens_not_rows():
         logs = model(inputs)[0].log_softmax(-1)
         total -= sum(logs[t, labels[0, t]].item() for t in kept.nonzero().flatten())
         count += kept.sum().item()
-    assert mean_loss(model, tokenizer, examples, batch_size=4) == pytest.approx(total / count, rel=1e-5)
+    measured = mean_loss(model, tokenizer, examples, batch_size=4)
+    assert measured == pytest.approx(total / count, rel=1e-5)
     with pytest.raises(ValueError, match="at least one example"):
         mean_loss(model, tokenizer, [])
 
@@ -251,8 +252,9 @@ def test_changed_words(monkeypatch):
 
 
 def script(*args):
-    return subprocess.run([sys.executable, "scripts/pretrain_language_model.py", *args], cwd=ROOT,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    command = [sys.executable, "scripts/pretrain_language_model.py", *args]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
 def test_pretraining_script_explains_itself():
