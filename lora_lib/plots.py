@@ -99,7 +99,8 @@ def bars(groups: dict, *, xlabel, title=None, logx=False, unit="", digits=3, ax=
         labels = list(groups)
         left = np.zeros(len(labels))
         for i, part in enumerate(parts or [None]):
-            width = np.array([groups[k].get(part, 0) if parts else groups[k] for k in labels], float)
+            width = np.array([groups[name].get(part, 0) if parts else groups[name]
+                              for name in labels], float)
             ax.barh(labels, width, left=left, color=PALETTE[i % len(PALETTE)], label=part,
                     edgecolor="white")
             left += width
