@@ -21,8 +21,8 @@ HOUSE = {
     "figure.figsize": (6.4, 3.6), "figure.dpi": 150, "figure.constrained_layout.use": True,
     "axes.prop_cycle": plt.cycler(color=PALETTE), "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID,
-    "font.size": 10, "axes.titlesize": 11, "legend.framealpha": 0.9, "legend.edgecolor": "white", "lines.linewidth": 1.8,
-    "lines.markersize": 5, "svg.hashsalt": "lora", "svg.fonttype": "path",
+    "font.size": 10, "axes.titlesize": 11, "legend.framealpha": 0.9,
+    "legend.edgecolor": "white", "lines.linewidth": 1.8, "lines.markersize": 5, "svg.hashsalt": "lora", "svg.fonttype": "path",
 }
 
 
