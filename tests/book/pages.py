@@ -22,6 +22,7 @@ _MYST = {
     r"^\s*\([\w-]+\)=\s*$": "a target",
     r"^\s*\+\+\+": "a block break",
     r"\{\{.*\}\}": "a substitution",
+    r"^\s*%": "a comment that hides the rest of its line",
     r"\\[(\[](?!\d)": "math that is not between dollars",
 }
 # Words that praise instead of saying what was seen.

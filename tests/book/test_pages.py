@@ -72,6 +72,7 @@ def test_ordinary_markdown_passes(text):
         "(target)=\n# Heading",
         "+++",
         "a {{ substitution }}",
+        "about 93\n% of the directions",
         "<details>\nhidden\n</details>",
         "a line<br>break",
         "<!-- given: 8 --> text that would be taken for HTML",
