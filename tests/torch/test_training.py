@@ -1,5 +1,6 @@
 """fine_tune against loops written out by hand, and against itself cut short and resumed."""
 
+import functools
 import math
 import os
 import signal
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from lora_lib.torch import training
 from lora_lib.torch.inject import inject, lora_parameters, merge
 from lora_lib.torch.training import cross_entropy, fine_tune, warmup_cosine
 
@@ -590,7 +592,9 @@ def test_models_that_cannot_be_trained():
         run(network(torch.float16), precision="float16")
 
 
-def test_progress_shows_the_loss_and_can_be_silent(capfd):
+def test_progress_shows_the_loss_and_can_be_silent(capfd, monkeypatch):
+    # What a person sees, also where TQDM_DISABLE was set before tqdm was imported.
+    monkeypatch.setattr(training, "tqdm", functools.partial(training.tqdm, disable=False))
     losses = run(network(), progress=True, steps=3)
     shown = capfd.readouterr().err
     assert "3/3" in shown or "2/3" in shown or "0/3" in shown
