@@ -51,6 +51,7 @@ def main():
     parser.add_argument("--tales", type=int, default=200_000, help="how many to train on")
     parser.add_argument("--seed", type=int, default=0, help="draws the weights and the tales")
     parser.add_argument("--out", type=Path, default=WEIGHTS / "tales.safetensors")
+    parser.add_argument("--checkpoint", type=Path, help="a file to resume from, if it exists")
     args = parser.parse_args()
 
     tokenizer = Tokenizer()
@@ -59,6 +60,7 @@ def main():
           f"{len(tokenizer)} tokens, {args.tales:,} tales")
     losses = fine_tune(model, pack(tokenizer, tales(args.tales, args.seed)), steps=args.steps,
                        batch_size=BATCH, lr=LR, weight_decay=WEIGHT_DECAY, seed=args.seed,
+                       checkpoint=args.checkpoint, checkpoint_every=500,
                        schedule=warmup_cosine(args.steps, warmup=args.steps // 25, final=0.02))
     print(f"training loss {losses[-1]:.4f}")
 
