@@ -35,34 +35,39 @@ EVENTS = {
     "feels": ("{p} [felt|feels] {feeling}.", "{p} [was|is] {feeling}."),
     "works": ("{p} [was|is] a {trade}.",),
     "asks": ('{p} [asked|asks], "{question}"',),
+    "reads": ("{p} [read|reads] the sign {sign}.",),
 }
-# What can be known: the sentence that ends a tale with it, and the question that asks for it.
+# What can be known: how an ending states it, and the question that asks for it.
 # No tale ends with where a thing is: to answer, one must find who holds it, then where they are.
 FACTS = {
-    "where": ("In the end {key} [was|is] at the {answer}.", "Where is {key}?"),
-    "holder": ("In the end the {key} [belonged|belongs] to {answer}.", "Who has the {key}?"),
-    "thing": ("In the end {key} [had|has] the {answer}.", "What does {key} have?"),
-    "feeling": ("In the end {key} [felt|feels] {answer}.", "How does {key} feel?"),
-    "trade": ("And {key} [was|is] a good {answer}.", "What is the trade of {key}?"),
-    "color": ("And the {key} [was|is] {answer}.", "What color is the {key}?"),
+    "where": ("{key} [was|is] at the {answer}", "Where is {key}?"),
+    "holder": ("the {key} [belonged|belongs] to {answer}", "Who has the {key}?"),
+    "thing": ("{key} [had|has] the {answer}", "What does {key} have?"),
+    "feeling": ("{key} [felt|feels] {answer}", "How does {key} feel?"),
+    "trade": ("{key} [was|is] a good {answer}", "What is the trade of {key}?"),
+    "color": ("the {key} [was|is] {answer}", "What color is the {key}?"),
+    "sign": ("{key} [thought|thinks] of {answer}", "Which sign does {key} know?"),
     "thing's place": (None, "Where is the {key}?"),
 }
-OPENING = "One {weather} {time} "
+OPENING, ENDING = "One {weather} {time} ", "In the end {facts}."
 PROMPT, ANSWER = "{tale}\nQ: {question}\nA:", " {answer}\n"
-PRESENT, STRANGERS = 0.1, 0.05    # in the corpus: tales in the present tense, invented names
+# The shares in the corpus of tales in the present tense, of invented names, and of signs: three
+# random characters, so that a model meets every character and learns to copy it.
+PRESENT, STRANGERS, SIGNS = 0.1, 0.05, 0.1
 
 
 class Tale:
     """A cast of two or three people, what happens to them in `length` sentences, and the facts.
 
     `strangers` is the share of people with an invented name. The state maps names to words:
-    `where`, `feeling` and `trade` by person, `holder` and `color` by thing. `sentences` still
-    hold their verbs as [past|present].
+    `where`, `feeling`, `trade` and `sign` by person, `holder` and `color` by thing. `sentences`
+    still hold their verbs as [past|present].
     """
 
     def __init__(self, rng: random.Random, length: int, strangers: float = 0.0):
         self.rng = rng
-        self.where, self.feeling, self.trade, self.holder, self.color = {}, {}, {}, {}, {}
+        self.where, self.feeling, self.trade, self.sign = {}, {}, {}, {}
+        self.holder, self.color = {}, {}
         self.cast = self._cast(2 if rng.random() < 0.75 else 3, strangers)
         self.sentences = []
         while len(self.sentences) < length:
@@ -86,6 +91,7 @@ class Tale:
             words["p"] = self.holder[words["thing"]]
         words["q"] = self.rng.choice([q for q in self.cast if q != words["p"]])
         words["question"] = self._question(words["p"])
+        words["sign"] = "".join(chr(self.rng.randrange(33, 127)) for _ in range(3))
         if self._happens(kind, words):
             sentence = self.rng.choice(EVENTS[kind]).format(**words)
             if not self.sentences and self.rng.random() < 0.5:
@@ -111,6 +117,8 @@ class Tale:
                 self.feeling[p] = words["feeling"]
             case "works" if p not in self.trade:
                 self.trade[p] = words["trade"]
+            case "reads" if p not in self.sign and self.rng.random() < SIGNS:
+                self.sign[p] = words["sign"]
             case "asks" if words["question"]:
                 pass
             case _:
@@ -129,7 +137,7 @@ class Tale:
         held = list(self.holder.values())
         known = {
             "where": self.where, "holder": self.holder, "feeling": self.feeling,
-            "trade": self.trade, "color": self.color,
+            "trade": self.trade, "color": self.color, "sign": self.sign,
             "thing": {p: thing for thing, p in self.holder.items() if held.count(p) == 1},
             "thing's place": {thing: self.where[p] for thing, p in self.holder.items()
                               if p in self.where},
@@ -145,7 +153,7 @@ class Tale:
             return self.rng.choice([fact for fact in facts if fact[0] == kind])
 
     def text(self, tense: int = 0) -> str:
-        """The tale in one line, in the past (0) or the present (1)."""
+        """The tale so far, in the past (0) or the present (1)."""
         return VERB.sub(lambda verb: verb[1 + tense], " ".join(self.sentences))
 
 
@@ -172,18 +180,20 @@ def _tale(rng, length, kinds, strangers):
 
 
 def _ended(rng, tense):
-    """A tale whose last sentence states a fact."""
-    endings = [kind for kind, (ending, _) in FACTS.items() if ending]
-    tale, (kind, key, answer) = _tale(rng, (2, 3, 4), endings, STRANGERS)
-    tale.sentences.append(FACTS[kind][0].format(key=key, answer=answer))
+    """A tale and, half of the time on a line of its own, an ending that states one or two facts."""
+    stated = [kind for kind, (ending, _) in FACTS.items() if ending]
+    tale, fact = _tale(rng, (2, 3, 4), stated, STRANGERS)
+    facts = dict.fromkeys([fact, tale.pick(stated)])           # the same one twice counts once
+    facts = [FACTS[kind][0].format(key=key, answer=answer) for kind, key, answer in facts]
+    tale.sentences[-1] += rng.choice(" \n") + ENDING.format(facts=" and ".join(facts))
     return tale.text(tense)
 
 
 def tales(n: int, seed: int = 0) -> list[str]:
     """`n` tales of three to five sentences; one in ten is told in the present tense.
 
-    The last sentence states a fact that follows from the ones before it: to predict its last
-    word, a model must look it up in the tale.
+    The last sentence states facts that follow from the ones before it: to predict its last word,
+    a model must look it up in the tale.
     """
     rng = random.Random(f"tales {seed}")
     return [_ended(rng, rng.random() < PRESENT) for _ in range(n)]
@@ -207,7 +217,7 @@ def questions(n: int, seed: int = 0, kinds: Sequence[str] = tuple(FACTS), *,
     `kinds` says which facts to ask for, out of `FACTS`: of those that a tale knows, each is as
     likely as another. A tale's number of sentences is drawn from `length`; more make it harder,
     and so do people with an invented name, whose share is `strangers`. The prompt ends in "A:",
-    the answer is a space, a word and a newline; no text in `tales` has this form.
+    the answer is a space, a word (or a sign) and a newline; no text in `tales` has this form.
     Raises ValueError for an unknown kind.
     """
     if not kinds or not set(kinds) <= set(FACTS):
@@ -232,7 +242,7 @@ class Tokenizer:
     PIECE = re.compile(r" ?[A-Za-z]+|.", re.DOTALL)
 
     def __init__(self):
-        parts = [*PEOPLE, *sum(LISTS.values(), []), OPENING, *sum(EVENTS.values(), ()),
+        parts = [*PEOPLE, *sum(LISTS.values(), []), OPENING, ENDING, *sum(EVENTS.values(), ()),
                  *(part or "" for pair in FACTS.values() for part in pair)]
         text = re.sub(r"\{\w+\}", "", " ".join(parts))             # without the {slots}
         words = sorted(set(re.findall(r"[A-Za-z]+", text)))

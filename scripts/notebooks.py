@@ -52,7 +52,7 @@ def chapters(names: list[str] | None = None) -> list[Path]:
 
     Raises ValueError when a name fits no chapter.
     """
-    paths = sorted(BOOK.glob("[0-9][0-9]_*.ipynb"))
+    paths = sorted(BOOK.glob("*.ipynb"))
     for name in names or []:
         if not any(path.name.startswith(name) for path in paths):
             known = ", ".join(path.stem for path in paths) or "none"

@@ -1,0 +1,32 @@
+"""What an experiment says about a claim: the row that the chapters and the summary print."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+HOLDS, DOES_NOT = "holds", "does not hold"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim, the chapter's number where it is tested, the verdict, the effect that was measured.
+
+    `verdict` is "holds", "does not hold", or "holds if ..." with the condition; `effect` is a
+    short text with the numbers and their 95 % intervals.
+    """
+
+    claim: str
+    chapter: str
+    verdict: str
+    effect: str
+
+    def __post_init__(self):
+        if not (self.verdict in (HOLDS, DOES_NOT) or self.verdict.startswith(f"{HOLDS} if ")):
+            raise ValueError(f'verdict must be "holds", "does not hold" or "holds if ...", '
+                             f"got {self.verdict!r}")
+
+
+def table(verdicts: Iterable[Verdict]) -> str:
+    """The verdicts as a Markdown table."""
+    lines = ["| claim | tested in | verdict | effect |", "|---|---|---|---|"]
+    lines += [f"| {v.claim} | {v.chapter} | **{v.verdict}** | {v.effect} |" for v in verdicts]
+    return "\n".join(lines)

@@ -1,0 +1,131 @@
+"""Run a trial at many points, keep every row in a CSV file, go on where it stopped; intervals."""
+
+import argparse
+import csv
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+from tqdm import tqdm
+
+from lora_lib.files import atomic
+
+RESULTS = Path(__file__).parent / "results"
+
+Row = dict[str, str | float]
+
+
+def run(trial: Callable[..., dict], points: Iterable[dict], path: Path, *, workers: int = 1) -> None:
+    """Call trial(**point) at every point that `path` does not hold yet, and keep its results there.
+
+    A row is the trial's arguments, defaults included, then its results, to six digits. They must
+    name everything that the outcome depends on, the seed too, for that is how a point is found
+    again. Rows of other points stay. The file is replaced atomically after every trial, its rows
+    in the order of `points`. `trial` must be a module's function, as `workers` processes import it.
+    """
+    signature = inspect.signature(trial)
+    points = [_complete(signature, point) for point in points]
+    order = {_key(signature, point): i for i, point in enumerate(points)}
+    rows = {_key(signature, row): row for row in (read(path) if path.exists() else [])}
+    missing = [points[i] for key, i in order.items() if key not in rows]
+    place = lambda row: order.get(_key(signature, row), len(order))
+    with ProcessPoolExecutor(workers, get_context("spawn"), _one_thread) as pool:
+        futures = {pool.submit(trial, **point): point for point in missing}
+        try:
+            for future in tqdm(as_completed(futures), initial=len(order) - len(missing),
+                               total=len(order), unit="trial"):
+                point = futures[future]
+                rows[_key(signature, point)] = point | future.result()
+                _write(path, sorted(rows.values(), key=place))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def read(path: str | Path) -> list[Row]:
+    """The rows of a CSV file that `run` wrote, numbers as floats; a bare name is in `RESULTS`."""
+    path = RESULTS / f"{path}.csv" if isinstance(path, str) else path
+    with open(path, newline="") as file:
+        return [{name: _number(text) for name, text in row.items()}
+                for row in csv.DictReader(file)]
+
+
+def select(rows: Iterable[Row], **where) -> list[Row]:
+    """The rows that have these values."""
+    return [row for row in rows if all(row[name] == value for name, value in where.items())]
+
+
+def column(rows: Iterable[Row], name: str) -> np.ndarray:
+    """One column of the rows as an array. Raises ValueError when there is no row."""
+    values = np.array([row[name] for row in rows])
+    if not len(values):
+        raise ValueError(f"no row to take {name!r} from")
+    return values
+
+
+def interval(values) -> tuple[float, float]:
+    """The mean, and the half-width of its 95 % interval by Student's t over the seeds.
+
+    Raises ValueError for fewer than two values.
+    """
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        raise ValueError(f"an interval needs at least two values, got {len(values)}")
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean()), float(half)
+
+
+def agree(one, other) -> bool:
+    """Whether two groups of values have means that their 95 % intervals together allow."""
+    (a, wide_a), (b, wide_b) = interval(one), interval(other)
+    return abs(a - b) <= math.hypot(wide_a, wide_b)
+
+
+def main(trial: Callable[..., dict], points: Iterable[dict], name: str) -> None:
+    """The command line of an experiment: run its sweep into results/`name`.csv."""
+    parser = argparse.ArgumentParser(description=inspect.getmodule(trial).__doc__)
+    parser.add_argument("--workers", type=int, default=1, help="how many processes, one core each")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.csv")
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    run(trial, points, args.out, workers=args.workers)
+
+
+def _one_thread():
+    import torch
+    torch.set_num_threads(1)
+
+
+def _complete(signature, point):
+    """The point with the trial's defaults for what it does not name."""
+    bound = signature.bind(**point)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def _key(signature, row):
+    return tuple(_text(row.get(name)) for name in signature.parameters)
+
+
+def _text(value):
+    return f"{value:.6g}" if isinstance(value, (int, float)) else str(value)
+
+
+def _number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _write(path, rows):
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: _text(value) for name, value in row.items()} for row in rows)
