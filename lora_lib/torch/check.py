@@ -1,0 +1,201 @@
+"""Look for the common mistakes in a model with adapters, before training it or serving it."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from lora_lib.torch.inject import lora_modules
+from lora_lib.torch.lora import LoRALinear
+
+STAGES = ("start", "train", "serve")
+SMALL = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One mistake: a short `code`, the paths that have it, and what is wrong, why, and the fix."""
+
+    code: str
+    where: tuple[str, ...]
+    message: str
+
+    def __str__(self) -> str:
+        more = f" and {len(self.where) - 2} more" if len(self.where) > 2 else ""
+        return f"[{self.code}] {', '.join(self.where[:2])}{more}: {self.message}"
+
+
+# What each code says. The order is that of the findings.
+MESSAGES = {
+    "no adapter": "the model holds no LoRALinear; call inject() or load_adapter() first",
+    "shape": "A must be (rank, in_features) and B (out_features, rank): they look transposed or "
+             "swapped. A projects down, B projects up",
+    "not finite": "A or B holds NaN or infinity; go back to the last good checkpoint, and lower lr",
+    "both zero": "A and B are both zero, so both gradients are zero and stay so; draw A at random, "
+                 "as inject() does",
+    "random start": "the update is not zero before the first step, so training starts from another "
+                    "model than the pretrained one; set B to zero (or pass stage='train' when you "
+                    "go on with a trained adapter)",
+    "base trainable": "this is no adapter, and it is trained: the savings are gone, and "
+                      "save_adapter() will not keep it. Freeze it with requires_grad_(False), or "
+                      "name it in also_trained if you mean it, and save it yourself",
+    "adapter frozen": "A or B does not require a gradient and will not be trained; call "
+                      "requires_grad_(True) on it",
+    "16-bit adapter": "A and B are trained in 16 bits, where steps much smaller than the number "
+                      "itself round to nothing; keep them in float32 (inject's default) and compute "
+                      "in 16 bits by autocast",
+    "merged": "the update is in the weight already, so training A and B would change nothing; call "
+              "unmerge() first",
+    "optimizer": "the optimizer does not hold this, so it will not be trained; build the optimizer "
+                 "after inject(), from lora_parameters(model)",
+    "optimizer extra": "the optimizer holds this, which the model does not train; build it after "
+                       "inject(), from lora_parameters(model)",
+    "base changed": "this frozen weight is not the base's: it was trained, or another base was "
+                    "loaded; the adapter alone will not give this model back",
+    "scaling forgotten": "the weight is base + B A, without the factor `scaling`; use merge()",
+    "merged twice": "the weight holds the update twice: base + 2 scaling B A; load the base again, "
+                    "then merge once",
+    "counted twice": "the weight holds the update, and the layer adds it once more; it was merged "
+                     "by hand: use merge(), or remove the adapter",
+    "not in weight": "the layer says that it is merged, and its weight is the base's, without the "
+                     "update; use merge()",
+    "merged wrong": "the weight is not base + scaling B A; load the base again, then merge()",
+    "training mode": "dropout is on, so outputs are noisy; call model.eval()",
+    "untrained": "B is zero, so the adapter does nothing; did the optimizer hold it?",
+    "unmerged": "every call pays for the adapter's own products; merge() if one adapter serves all "
+                "requests (or allow={'unmerged'} if you switch adapters)",
+}
+
+
+@torch.no_grad()
+def check(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *,
+          base: nn.Module | Mapping[str, Tensor] | None = None, stage: str = "train",
+          also_trained: Collection[str] = (), allow: Collection[str] = ()) -> list[Finding]:
+    """The mistakes that can be seen in `model`; an empty list when there is none.
+
+    stage         "start": before the first step of a new adapter; "train": before any other step;
+                  "serve": before the model answers requests
+    optimizer     the one that will train it: does it hold the adapters, and nothing frozen?
+    base          the pretrained model, or its state dict: are the frozen weights still its own,
+                  and merged ones base + scaling B A?
+    also_trained  patterns, such as "lm_head.*", of parameters that are trained beside the adapters
+    allow         codes of `MESSAGES` to leave out
+
+    A float weight counts as the same when it differs by no more than a few roundings. The model is
+    not changed. Raises ValueError for an unknown stage or code, or a base of another architecture.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"stage must be one of {STAGES}, got {stage!r}")
+    if unknown := set(allow) - set(MESSAGES):
+        raise ValueError(f"allow must hold codes of {list(MESSAGES)}, got {sorted(unknown)}")
+    layers = lora_modules(model)
+    found = _Found()
+    if not layers and stage != "serve":
+        found.add("no adapter", type(model).__name__)
+    sound = {name: layer for name, layer in layers.items() if _sound(name, layer, found)}
+    other = {name: p for name, p in model.named_parameters()
+             if not _of_adapter(name, layers)
+             and not any(fnmatchcase(name, pattern) for pattern in also_trained)}
+    for name, layer in sound.items():
+        zero_A, zero_B = (not bool(t.any()) for t in (layer.A, layer.B))
+        found.add("both zero", name, zero_A and zero_B)
+        found.add("random start", name, stage == "start" and not (zero_A or zero_B))
+        found.add("untrained", name, stage == "serve" and zero_B and not zero_A)
+        found.add("unmerged", name, stage == "serve" and not layer.merged)
+    if stage == "serve":
+        for name, module in model.named_modules():
+            dropping = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+            found.add("training mode", name, dropping and module.training)
+    else:
+        _check_training(model, layers, other, optimizer, found)
+    if base is not None:
+        _check_base(sound, other, base, found)
+    return [Finding(code, tuple(found[code]), message) for code, message in MESSAGES.items()
+            if code in found and code not in allow]
+
+
+class _Found(dict):
+    def add(self, code, where, condition=True):
+        if condition:
+            self.setdefault(code, []).append(where)
+
+
+def _of_adapter(name, layers):
+    path, _, leaf = name.rpartition(".")
+    return leaf in ("A", "B") and path in layers
+
+
+def _sound(name, layer, found):
+    """Whether A and B can be multiplied at all."""
+    shapes = ((layer.rank, layer.in_features), (layer.out_features, layer.rank))
+    right = (tuple(layer.A.shape), tuple(layer.B.shape)) == shapes
+    finite = bool(torch.isfinite(layer.A).all() and torch.isfinite(layer.B).all())
+    found.add("shape", name, not right)
+    found.add("not finite", name, not finite)
+    return right and finite
+
+
+def _check_training(model, layers, other, optimizer, found):
+    for name, p in other.items():
+        found.add("base trainable", name, p.requires_grad)
+    for name, layer in layers.items():
+        parts = (layer.A, layer.B)
+        found.add("adapter frozen", name, not all(p.requires_grad for p in parts))
+        found.add("16-bit adapter", name, any(p.requires_grad and p.dtype in SMALL for p in parts))
+        found.add("merged", name, layer.merged)
+    if optimizer is not None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        names = {id(p): name for name, p in model.named_parameters()}
+        for name, p in model.named_parameters():
+            found.add("optimizer", name, p.requires_grad and id(p) not in held)
+            found.add("optimizer extra", name, not p.requires_grad and id(p) in held)
+        found.add("optimizer extra", "a parameter of another model", bool(held - set(names)))
+
+
+def _check_base(layers, other, base, found):
+    if isinstance(base, nn.Module):
+        within = lora_modules(base)
+        base = {_plain(name, within): p for name, p in base.named_parameters()}
+    for name, p in other.items():
+        plain = _plain(name, layers)
+        if plain not in base or base[plain].shape != p.shape:
+            raise ValueError(f"base must have {plain} of shape {tuple(p.shape)}, got "
+                             f"{tuple(base[plain].shape) if plain in base else 'none of that name'}")
+        path, _, leaf = plain.rpartition(".")
+        if plain != name and leaf == "weight":
+            _check_merge(path, layers[path], base[plain], found)
+        else:
+            found.add("base changed", name, not _same(p, base[plain], p.dtype))
+
+
+def _plain(name, layers):
+    """The parameter's name without the ".linear" that its adapter brought."""
+    path, _, leaf = name.rpartition(".")
+    path = path.removesuffix(".linear") if path.removesuffix(".linear") in layers else path
+    return f"{path}.{leaf}"
+
+
+def _check_merge(name, layer: LoRALinear, original, found):
+    """Which sum is in the weight? Each candidate is one mistake; the right one comes first."""
+    W, dtype = layer.weight, layer.weight.dtype
+    delta = layer.delta_weight().double()
+    base = original.detach().to(W.device).double()
+    candidates = {
+        True: ((None, 1), ("merged twice", 2), ("scaling forgotten", 1 / layer.scaling),
+               ("not in weight", 0)),
+        False: ((None, 0), ("counted twice", 1)),
+    }[layer.merged]
+    for code, times in candidates:
+        if _same(W, base + times * delta, dtype):
+            found.add(code, name, code is not None)
+            return
+    found.add("merged wrong" if layer.merged else "base changed", name)
+
+
+def _same(one, other, dtype):
+    """Within four roundings of `dtype`, in the Frobenius norm."""
+    one, other = one.double(), other.detach().to(one.device).double()
+    scale = torch.maximum(one.norm(), other.norm())
+    return bool((one - other).norm() <= 4 * torch.finfo(dtype).eps * scale)
