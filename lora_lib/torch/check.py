@@ -111,7 +111,7 @@ def check(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *,
     else:
         _check_training(model, layers, other, optimizer, found)
     if base is not None:
-        _check_base(sound, other, base, found)
+        _check_base(layers, sound, other, base, found)
     return [Finding(code, tuple(found[code]), message) for code, message in MESSAGES.items()
             if code in found and code not in allow]
 
@@ -154,7 +154,7 @@ def _check_training(model, layers, other, optimizer, found):
         found.add("optimizer extra", "a parameter of another model", bool(held - set(names)))
 
 
-def _check_base(layers, other, base, found):
+def _check_base(layers, sound, other, base, found):
     if isinstance(base, nn.Module):
         within = lora_modules(base)
         base = {_plain(name, within): p for name, p in base.named_parameters()}
@@ -165,7 +165,8 @@ def _check_base(layers, other, base, found):
                              f"{tuple(base[plain].shape) if plain in base else 'none of that name'}")
         path, _, leaf = plain.rpartition(".")
         if plain != name and leaf == "weight":
-            _check_merge(path, layers[path], base[plain], found)
+            if path in sound:
+                _check_merge(path, layers[path], base[plain], found)
         else:
             found.add("base changed", name, not _same(p, base[plain], p.dtype))
 
