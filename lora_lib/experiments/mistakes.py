@@ -4,6 +4,7 @@
 """
 
 import copy
+import random
 from functools import lru_cache
 
 import torch
@@ -13,7 +14,8 @@ from torch import nn
 from lora_lib.data import digits
 from lora_lib.experiments.claims import DOES_NOT, HOLDS, Verdict
 from lora_lib.experiments.sweep import column, interval, main, read, select
-from lora_lib.torch import fine_tune, inject, lora_modules
+from lora_lib.text import FEELINGS, PEOPLE
+from lora_lib.torch import fine_tune, inject, load_pretrained, lora_modules, warmup_cosine
 
 SEEDS = range(5)
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -144,6 +146,46 @@ def dropout_left_on(seed, *, rank, **how):
 
 def dropout_off_again(seed, **how):
     return dropout_left_on(seed, **how).eval()
+
+
+# --------------------------------------------- two words that the small language model never met
+GLAD = ("brave", "calm", "glad", "proud")
+
+
+def grown(seed: int):
+    """The language model with two new tokens, whose rows in the (tied) embedding are small noise."""
+    model = load_pretrained(dtype=torch.float64)
+    old = model.model.embed_tokens.weight.data
+    new = torch.randn(2, old.shape[1], generator=torch.Generator().manual_seed(seed)) * 0.02
+    model.model.embed_tokens = nn.Embedding.from_pretrained(torch.cat([old, new.to(old.dtype)]))
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def moods(tokenizer, n: int, seed) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and labels (n, length): "Mira felt calm." is followed by one new token for the glad
+    feelings and by the other for the rest."""
+    rng, rows, answers = random.Random(f"moods {seed}"), [], []
+    for _ in range(n):
+        feeling = rng.choice(FEELINGS)
+        text = f"{rng.choice(PEOPLE)} felt {feeling}."
+        rows.append([tokenizer.end, *tokenizer.encode(text)])
+        answers.append(len(tokenizer) + (feeling in GLAD))
+    inputs = torch.tensor(rows)
+    labels = torch.full(inputs.shape, -100)
+    labels[:, -1] = torch.tensor(answers)
+    return inputs, labels
+
+
+def new_words(seed: int, train_embedding: bool) -> float:
+    """Teach the moods with adapters on all linear layers; the share of right answers."""
+    model = inject(grown(seed), "all-linear", 8, 16, seed=seed)
+    model.model.embed_tokens.weight.requires_grad_(train_embedding)
+    fine_tune(model, moods(model.tokenizer, 500, "train"), steps=100, batch_size=16, lr=5e-3,
+              seed=seed, schedule=warmup_cosine(100, 5), progress=False)
+    inputs, labels = moods(model.tokenizer, 200, "test")
+    with torch.no_grad():
+        return (model(inputs)[:, -1].argmax(-1) == labels[:, -1]).double().mean().item()
 
 
 MISTAKES = {f.__name__.replace("_", " "): f for f in (
