@@ -14,14 +14,7 @@ import lora_lib.torch as lora_pt
 
 TYPES = {torch.float32: (np.float32, 1e-5), torch.float64: (np.float64, 1e-11)}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small, threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @st.composite

@@ -1,18 +1,28 @@
-"""What the adapter tests share: a model's exact state, and a small real transformer."""
+"""What the adapter tests share: random adapters, a model's exact state, a small transformer."""
 
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+from lora_lib.torch import lora_parameters
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """On tensors this small, threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+
+@pytest.fixture(autouse=True, scope="module")
+def torch_on_one_thread(one_thread):
+    pass
+
+
+def randomize(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in lora_parameters(model):
+            p.copy_(torch.randn(p.shape, generator=generator))
+    return model
+
+
+def x(dtype=torch.float32):
+    return torch.randn(5, 6, generator=torch.Generator().manual_seed(7)).to(dtype)
 
 
 def exact_bytes(tensor):

@@ -16,6 +16,7 @@ from torch import nn
 from lora_lib.torch import (LoRALinear, inject, load_adapter, lora_modules, lora_parameters,
                             lora_state_dict, merge, remove, save_adapter, unmerge)
 from lora_lib.torch.inject import inject_each
+from tests.torch.conftest import randomize, x
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROOT = Path(__file__).parents[2]
@@ -34,18 +35,6 @@ class Toy(nn.Module):
         for layer in (self.fc, *self.block.values()):
             x = torch.tanh(layer(x)) + x
         return self.out(x)
-
-
-def randomize(model, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in lora_parameters(model):
-            p.copy_(torch.randn(p.shape, generator=generator))
-    return model
-
-
-def x(dtype=torch.float32):
-    return torch.randn(5, 6, generator=torch.Generator().manual_seed(7)).to(dtype)
 
 
 def adapted(targets=("block.fc", "out"), **options):

@@ -8,6 +8,9 @@ from torch import nn
 
 from lora_lib.torch import (LoRALinear, inject, lora_modules, lora_parameters, lora_state_dict,
                             merge, remove, unmerge)
+from tests.torch.conftest import randomize, x
+
+X = x(torch.float64)
 
 
 class Block(nn.Module):
@@ -37,18 +40,6 @@ class Toy(nn.Module):
         return self.head(self.proj(x))
 
 
-def randomize(model, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in lora_parameters(model):
-            p.copy_(torch.randn(p.shape, generator=generator))
-    return model
-
-
-def x(dtype=torch.float64):
-    return torch.randn(5, 6, generator=torch.Generator().manual_seed(7)).to(dtype)
-
-
 QV = ["layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj", "layers.1.v_proj"]
 
 
@@ -69,10 +60,10 @@ class TestTargets:
     ])
     def test_by_suffix_list_or_regex(self, targets, names):
         model = Toy()
-        before = model(x())
+        before = model(X)
         assert inject(model, targets, rank=2) is model
         assert list(lora_modules(model)) == names
-        assert torch.equal(model(x()), before)                   # B is zero
+        assert torch.equal(model(X), before)                   # B is zero
 
     @pytest.mark.parametrize("tied", [False, True])
     @pytest.mark.parametrize("targets", [
@@ -111,7 +102,7 @@ class TestParameters:
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         optimizer = torch.optim.AdamW(lora_parameters(model), lr=0.1)
         for _ in range(2):                                       # the first step moves only B
-            model(x()).square().mean().backward()
+            model(X).square().mean().backward()
             optimizer.step()
         for name, p in model.named_parameters():
             adapter = name.endswith((".A", ".B"))
@@ -152,10 +143,10 @@ class TestParameters:
         model = randomize(inject(Toy(), "q_proj", rank=2))
         clone, other = copy.deepcopy(model), inject(Toy(seed=9), "q_proj", rank=2)
         other.load_state_dict(model.state_dict())
-        out = model(x())
-        assert torch.equal(clone(x()), out) and torch.equal(other(x()), out)
+        out = model(X)
+        assert torch.equal(clone(X), out) and torch.equal(other(X), out)
         randomize(clone, seed=5)
-        assert torch.equal(model(x()), out) and not torch.equal(clone(x()), out)
+        assert torch.equal(model(X), out) and not torch.equal(clone(X), out)
         assert [p.requires_grad for p in clone.parameters()] == [p.requires_grad
                                                                  for p in model.parameters()]
 
@@ -196,23 +187,23 @@ class TestMerge:
 
     def test_keep_adapters_and_unmerge(self):
         model = randomize(inject(Toy(), "all-linear", rank=2))
-        before, adapters = model(x()), lora_modules(model)
+        before, adapters = model(X), lora_modules(model)
         merge(merge(model, keep_adapters=True), keep_adapters=True)          # twice is once
         assert lora_modules(model) == adapters and all(a.merged for a in adapters.values())
-        torch.testing.assert_close(model(x()), before, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(model(X), before, rtol=1e-12, atol=1e-12)
         assert unmerge(unmerge(model)) is model
         assert not any(a.merged for a in adapters.values())
-        torch.testing.assert_close(model(x()), before, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(model(X), before, rtol=1e-12, atol=1e-12)
         merge(model, keep_adapters=True)
         merge(model)                                             # the second only takes them out
         assert not lora_modules(model)
-        torch.testing.assert_close(model(x()), before, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(model(X), before, rtol=1e-12, atol=1e-12)
 
     def test_a_merged_one_among_others(self):
         model = randomize(inject(Toy(), "q_proj", rank=2))
-        before = model(x())
+        before = model(X)
         model.layers[1].q_proj.merge()
-        torch.testing.assert_close(merge(model)(x()), before, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(merge(model)(X), before, rtol=1e-12, atol=1e-12)
 
     @pytest.mark.parametrize("function", [merge, unmerge, remove])
     def test_all_or_nothing(self, function, unchanged):
@@ -231,16 +222,16 @@ class TestMerge:
             optimizer = torch.optim.SGD(lora_parameters(m), lr=0.1)
             for _ in range(3):
                 optimizer.zero_grad()
-                m(x()).square().mean().backward()
+                m(X).square().mean().backward()
                 optimizer.step()
-        torch.testing.assert_close(model(x()), twin(x()), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(model(X), twin(X), rtol=1e-10, atol=1e-12)
 
 
 class TestRemove:
     @pytest.mark.parametrize("merged", [False, True])
     def test_the_originals_come_back(self, merged):
         model = Toy()
-        modules, before = dict(model.named_modules()), model(x())
+        modules, before = dict(model.named_modules()), model(X)
         weights = {n: p.detach().clone() for n, p in model.named_parameters()}
         randomize(inject(model, ["q_proj", "proj.0"], rank=2))
         if merged:
@@ -251,7 +242,7 @@ class TestRemove:
         for name, p in model.named_parameters():
             torch.testing.assert_close(p, weights[name], rtol=0, atol=1e-15 if merged else 0)
             assert not p.requires_grad
-        torch.testing.assert_close(model(x()), before, rtol=0, atol=1e-13 if merged else 0)
+        torch.testing.assert_close(model(X), before, rtol=0, atol=1e-13 if merged else 0)
         assert lora_modules(inject(model, "q_proj", rank=2))     # and once more
 
     @pytest.mark.parametrize("function", [merge, unmerge, remove])

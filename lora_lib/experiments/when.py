@@ -1,0 +1,208 @@
+"""When LoRA is enough: style, instructions, a domain; then a new format and a far domain.
+
+`python -m lora_lib.experiments.when` takes about forty minutes on one core, in float32. The rate
+of each method is the best of a grid on seed 10, for each task; what is compared are other seeds.
+"""
+
+import numpy as np
+
+from lora_lib.experiments.claims import DOES_NOT, HOLDS, Verdict
+from lora_lib.experiments.sweep import (RESULTS, Row, column, interval, main, read,
+                                        select)
+from lora_lib.experiments.trial import base, made, measure, train, trial
+
+# A method is (targets, rank); alpha is 2 * rank.
+FULL, NARROW, THIN, BROAD, WIDE = METHODS = (
+    ("full", 0), ("q,v", 8), ("all", 1), ("all", 8), ("all", 32))
+NAMES = dict(zip(METHODS, ("full", "q,v, rank 8", "all linear, rank 1", "all linear, rank 8",
+                           "all linear, rank 32")))
+RATES = {FULL: (1e-3, 2e-3, 4e-3), WIDE: (2e-3, 4e-3, 8e-3)}         # where the grid begins
+OTHER_RATES = (4e-3, 8e-3, 1.6e-2)
+TUNING, SEEDS = 10, range(5)
+
+# Steps, batch size, and the methods beside full, (q,v, 8) and (all, 8); same for all methods.
+SETTING = {
+    "restyle 1": (200, 8, [THIN]), "instructions 6": (200, 8, [THIN]),
+    "dialect 0.25": (100, 4, []), "dialect 1.0": (100, 4, [WIDE]), "records 1": (300, 8, [WIDE]),
+    "dialect 0.1": (100, 4, []), "dialect 0.5": (100, 4, []),
+}
+TUNED_ON = {"dialect 0.1": "dialect 0.25", "dialect 0.5": "dialect 1.0"}   # for want of time
+SHARES = (0.1, 0.25, 0.5, 1.0)
+STYLE, FOLLOW, DOMAIN, FAR, FORMAT = (
+    "restyle 1", "instructions 6", "dialect 0.25", "dialect 1.0", "records 1")
+
+
+def methods(task: str) -> list[tuple[str, int]]:
+    """The methods that a task is measured with, in the order of METHODS."""
+    return [m for m in METHODS if m in (FULL, NARROW, BROAD, *SETTING[task][2])]
+
+
+def _point(task, method, lr, seed, steps=None):
+    return {"name": task, "targets": method[0], "rank": method[1], "alpha": 2 * method[1], "lr": lr,
+            "steps": steps or SETTING[task][0], "batch_size": SETTING[task][1], "seed": seed,
+            "dtype": "float32"}
+
+
+def kept(task: str, method: tuple[str, int], **where) -> list[Row]:
+    """The rows of a task and a method at its usual number of steps."""
+    usual = {"name": task, "targets": method[0], "rank": method[1], "steps": SETTING[task][0]}
+    return select(read("when") if (RESULTS / "when.csv").exists() else [], **usual | where)
+
+
+def grid(task: str, method: tuple[str, int]) -> tuple[list[float], float | None]:
+    """The rates to try on the tuning seed, and the best of those tried, by the test loss.
+
+    The grid goes on at a side for as long as the best stands at its end.
+    """
+    loss = {row["lr"]: row["loss"] for row in kept(task, method, seed=TUNING)}
+    rates = sorted({*RATES.get(method, OTHER_RATES), *loss})
+    best = min(loss, key=loss.get, default=None)
+    if set(rates) == set(loss):
+        rates += [best / 2] * (best == rates[0]) + [best * 2] * (best == rates[-1])
+    return rates, best
+
+
+def best_rate(task: str, method: tuple[str, int]) -> float:
+    task = TUNED_ON.get(task, task)
+    return grid(task, method)[1]
+
+
+def tuning() -> list[dict]:
+    """The grid of every task and method, as far as it is known by now."""
+    return [_point(task, method, lr, TUNING) for task in SETTING if task not in TUNED_ON
+            for method in methods(task) for lr in grid(task, method)[0]]
+
+
+def comparison(seeds) -> list[dict]:
+    """Every task with every method at its own rate."""
+    return [_point(task, method, best_rate(task, method), seed)
+            for seed in seeds for task in SETTING for method in methods(task)]
+
+
+STEPS, SLOWER = (50, 100, 400), (0.125, 0.25, 0.5)
+
+
+def forgetting() -> list[dict]:
+    """The style task with fewer and more steps, and with smaller rates."""
+    ways = [(factor, None) for factor in SLOWER] + [(1, steps) for steps in STEPS]
+    return [_point(STYLE, method, factor * best_rate(STYLE, method), seed, steps)
+            for seed in range(3) for factor, steps in ways for method in (FULL, NARROW, BROAD)]
+
+
+def untrained(name: str, dtype: str = "float32") -> dict[str, float]:
+    """The base on a task."""
+    return measure(base(dtype), made(name))
+
+
+def head(name: str, lr: float, frozen: bool, steps: int, batch_size: int, seed: int,
+         dtype: str = "float32") -> dict[str, float]:
+    """Full fine-tuning, where `frozen` of all but the embedding, which also is the output head."""
+    model = base(dtype)
+    model.model.embed_tokens.weight.requires_grad_(not frozen)
+    train(model, made(name), lr=lr, steps=steps, batch_size=batch_size, seed=seed)
+    return measure(model, made(name))
+
+
+def heads(seeds=range(3)) -> list[dict]:
+    return [{"name": task, "lr": best_rate(task, FULL), "frozen": True,
+             "steps": SETTING[task][0], "batch_size": SETTING[task][1], "seed": seed}
+            for seed in seeds for task in (FORMAT, FAR)]
+
+
+# ------------------------------------------------------------------------- what the runs say
+ENOUGH = 0.95
+
+
+def compared(task: str, method: tuple[str, int]) -> list[Row]:
+    """The runs of a method at its own rate, in the order of the seeds, without the tuning's."""
+    rows = [row for row in kept(task, method, lr=best_rate(task, method)) if row["seed"] in SEEDS]
+    return sorted(rows, key=lambda row: row["seed"])
+
+
+def quality(task: str, method: tuple[str, int]) -> np.ndarray:
+    """Right answers over those of full fine-tuning, seed by seed."""
+    return column(compared(task, method), "match") / column(compared(task, FULL), "match")
+
+
+def gain(task: str, method: tuple[str, int]) -> np.ndarray:
+    """(base loss - loss) / (base loss - loss of full fine-tuning), seed by seed."""
+    start = column(select(read("when_base"), name=task), "loss")
+    return ((start - column(compared(task, method), "loss"))
+            / (start - column(compared(task, FULL), "loss")))
+
+
+def forgotten(method: tuple[str, int], rates: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """The loss on tales after the style task: LoRA's, and full fine-tuning's when as good at it.
+
+    Full fine-tuning is slowed down until its loss on the task is LoRA's, by a smaller rate or, if
+    not `rates`, by fewer steps: its loss on tales is interpolated between the runs there are.
+    """
+    usual, best = SETTING[STYLE][0], best_rate(STYLE, FULL)
+    ours = [row for row in compared(STYLE, method) if row["seed"] in range(3)]
+    theirs = []
+    for row in ours:
+        full = select(read("when"), name=STYLE, targets="full", seed=row["seed"])
+        full = [r for r in full if r["lr"] <= best and (r["steps"] == usual if rates
+                                                        else r["lr"] == best)]
+        full = sorted(full, key=lambda r: r["loss"])
+        theirs.append(np.interp(row["loss"], column(full, "loss"), column(full, "tales")))
+    return column(ours, "tales"), np.array(theirs)
+
+
+def shown(values, form=".2f") -> str:
+    mean, half = interval(values)
+    return f"{mean:{form}} ± {half:{form}}"
+
+
+def verdicts() -> list[Verdict]:
+    """Quality is enough where the mean share of full fine-tuning's right answers is 0.95."""
+    def enough(task, method):
+        return quality(task, method).mean() >= ENOUGH
+
+    def effect(task):
+        return "right answers over full fine-tuning's: " + ", ".join(
+            f"{NAMES[m]} {shown(quality(task, m))}" for m in methods(task) if m != FULL)
+
+    def good(claim, task):
+        broad = f"{HOLDS} if all linear layers are adapted" if enough(task, BROAD) else DOES_NOT
+        return Verdict(claim, "8", HOLDS if enough(task, NARROW) and enough(task, BROAD) else broad,
+                       effect(task))
+
+    def more(claim, task):
+        narrow = DOES_NOT if enough(task, NARROW) else f"{HOLDS} if only q and v are adapted"
+        return Verdict(claim, "8", narrow if enough(task, BROAD) else HOLDS, effect(task))
+
+    reached = [task for task in SETTING if enough(task, BROAD)]
+    narrow = [task for task in SETTING if enough(task, NARROW)]
+    every = HOLDS if len(narrow) == len(SETTING) else (
+        f"{HOLDS} if the task is one of: {', '.join(reached)}" if reached else DOES_NOT)
+    ours, theirs = forgotten(BROAD)
+    best = (column(compared(STYLE, FULL), "tales") - column(compared(STYLE, BROAD), "tales"))
+    above = lambda values: interval(values)[0] - interval(values)[1] > 0
+    less = HOLDS if above(theirs - ours) and above(best) else (
+        f"{HOLDS} if each has its best rate" if above(best) else DOES_NOT)
+    return [
+        good("good for style", STYLE),
+        good("good for instruction following", FOLLOW),
+        good("good for a domain", DOMAIN),
+        more("might need more for a very different output format", FORMAT),
+        more("might need more for an extreme domain shift", FAR),
+        Verdict("95 to 100 % of the quality of full fine-tuning", "8", every,
+                f"of {len(SETTING)} tasks, {NAMES[BROAD]}: {len(reached)}, {NAMES[NARROW]}: "
+                f"{len(narrow)}"),
+        Verdict("LoRA forgets less than full fine-tuning", "8", less,
+                f"loss on tales, full minus LoRA: each at its best rate {shown(best)}; at equal "
+                f"loss on the task {shown(theirs - ours)}"),
+    ]
+
+
+if __name__ == "__main__":
+    done = None
+    main(untrained, [{"name": task} for task in SETTING], "when_base")
+    while (wanted := tuning()) != done:                       # a grid may have to go on
+        main(trial, wanted, "when")
+        done = wanted
+    main(trial, comparison(range(3)), "when")
+    main(trial, forgetting(), "when")
+    main(head, heads(), "when_head")
+    main(trial, comparison(SEEDS), "when")
