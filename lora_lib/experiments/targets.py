@@ -6,10 +6,9 @@ of each choice is the best of a grid on seeds 10 and 11; what is compared are th
 
 import numpy as np
 
-from lora_lib.experiments.capacity import bits_known
 from lora_lib.experiments.claims import DOES_NOT, HOLDS, Verdict
 from lora_lib.experiments.sweep import column, interval, main, read, select
-from lora_lib.experiments.trial import adapted, train, trial
+from lora_lib.experiments.trial import adapted, bits_known, train, trial
 from lora_lib.tasks import BITS_PER_PERSON, Task, biographies
 
 TASKS = ("lookup 3", "instructions 6")

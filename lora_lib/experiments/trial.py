@@ -4,8 +4,9 @@ import math
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
-from lora_lib.tasks import Task, task
+from lora_lib.tasks import BIOGRAPHY, Task, task
 from lora_lib.text import tales
 from lora_lib.torch import (exact_match, fine_tune, inject, load_pretrained, mean_loss,
                             warmup_cosine)
@@ -48,6 +49,20 @@ def measure(model, on: Task) -> dict[str, float]:
     return {"match": exact_match(model, model.tokenizer, on.probes),
             "loss": mean_loss(model, model.tokenizer, on.test),
             "tales": mean_loss(model, model.tokenizer, held_out_tales())}
+
+
+def bits_known(model, pairs) -> float:
+    """What the model knows of `lora_lib.tasks.biographies`, in bits: the sum over the facts of
+    log2(number of possible answers) + log2 p(answer). Chance among the possible answers gives 0.
+    """
+    offered = [math.log2(len(answers)) for _, answers in BIOGRAPHY.values()]
+    inputs, labels = map(torch.from_numpy, model.tokenizer.batch(pairs))
+    first = (labels != -100).int().argmax(dim=1)                 # where the answer's word stands
+    rows = torch.arange(len(labels))
+    with torch.no_grad():
+        logits = torch.cat([model(part) for part in inputs.split(512)])[rows, first]
+    surprise = F.cross_entropy(logits, labels[rows, first], reduction="sum").item() / math.log(2)
+    return sum(offered) * len(pairs) / len(offered) - surprise
 
 
 def trial(name: str, targets: str, rank: int = 8, alpha: float = 16, lr: float = 8e-3,

@@ -75,8 +75,8 @@ def test_forgetting_is_compared_at_equal_loss_on_the_task(planted):
     ours, theirs = when.forgotten(BROAD)
     np.testing.assert_allclose(ours, [1, 1, 1])
     np.testing.assert_allclose(theirs, [1, 1, 1], rtol=1e-5)
-    verdict = {v.claim: v.verdict for v in when.verdicts()}["LoRA forgets less than full fine-tuning"]
-    assert verdict == "holds if each has its best rate"
+    verdict = {v.claim: v.verdict for v in when.verdicts()}
+    assert verdict["LoRA forgets less than full fine-tuning"] == "holds if each has its best rate"
 
 
 def test_the_verdicts_follow_the_numbers(planted, monkeypatch):
@@ -84,14 +84,20 @@ def test_the_verdicts_follow_the_numbers(planted, monkeypatch):
     verdict = {v.claim: v.verdict for v in when.verdicts()}
     assert verdict["good for style"] == "holds if all linear layers are adapted"
     shift = "might need more for an extreme domain shift"
-    assert verdict[shift] == "holds if only q and v are adapted"
-    monkeypatch.setattr(when, "quality", lambda task, method: np.array([0.9, 0.8]))
+    assert verdict[shift] == "holds"                  # judged by the loss: 3 of 4 at rank 8
+    assert verdict["good for a domain"] == "does not hold"
+    monkeypatch.setattr(when, "share", lambda task, method: np.array([0.9, 0.8]))
     verdict = {v.claim: v.verdict for v in when.verdicts()}
     assert (verdict["good for style"], verdict[shift]) == ("does not hold", "holds")
-    monkeypatch.setattr(when, "quality", lambda task, method: np.array([0.95, 1.05]))
+    monkeypatch.setattr(when, "share", lambda task, method: np.array([0.95, 1.05]))
     verdict = {v.claim: v.verdict for v in when.verdicts()}
     assert (verdict["good for style"], verdict[shift]) == ("holds", "does not hold")
     assert verdict["95 to 100 % of the quality of full fine-tuning"] == "holds"
+    narrow = {NARROW: 0.5, BROAD: 0.95, when.WIDE: 1.0}
+    monkeypatch.setattr(when, "share", lambda task, method: np.full(2, narrow.get(method, 1)))
+    verdict = {v.claim: v.verdict for v in when.verdicts()}
+    assert verdict["good for style"] == "holds if all linear layers are adapted"
+    assert verdict[shift] == "holds if only q and v are adapted"
 
 
 @pytest.mark.parametrize("frozen", [True, False])
