@@ -199,8 +199,9 @@ def lead(task: str, name: str = "match") -> np.ndarray:
 
 
 def verdicts() -> list[Verdict]:
-    """A method does as well when its right answers fall behind by less than 0.05 with 95 %
-    confidence; it costs time when every ratio is above 1.05."""
+    """With 95 % confidence: right answers that are as good fall behind by less than 0.05, and a
+    call that costs time takes 0.05 calls of the bare model more than with merged LoRA. An update
+    cannot be merged when more than 0.05 of it is beyond every matrix."""
     shown = lambda values, digits=2: "{:+.{d}f} ± {:.{d}f}".format(*interval(values), d=digits)
     level = [task for task in TASKS if interval(lead(task))[0] - interval(lead(task))[1] > -0.05]
     as_good = HOLDS if len(level) == len(TASKS) else (
@@ -208,7 +209,8 @@ def verdicts() -> list[Verdict]:
     rows = read("bottleneck_speed")
     bottleneck, merged = column(rows, "bottleneck"), column(rows, "LoRA merged")
     least = min(column(compared(task, BOTTLENECK), "not linear").min() for task in TASKS)
-    only = bottleneck.min() > 1.05 > merged.mean() and least > 0.05
+    mean, half = interval(bottleneck - merged)
+    only = mean - half > 0.05 and least > 0.05
     times = lambda values: "{:.2f} ± {:.2f}".format(*interval(values))
     return [
         Verdict("bottleneck adapters learn as well as LoRA with as many numbers", "summary",

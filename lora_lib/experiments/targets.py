@@ -77,7 +77,7 @@ def points(rows) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------- facts to memorize
-PEOPLE, FACTS_RATES = 30, (4e-3, 8e-3, 1.6e-2)
+PEOPLE, FACTS_RATES = 30, (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 FACT_CHOICES = ("q,k", "q,v", "q,k,v,o", "mlp", "all")
 
 

@@ -112,7 +112,7 @@ def planted(tmp_path, monkeypatch):
             rows.append(p | {"match": match, "loss": 1 + far, "not linear": 0.3})
         sweep._write(tmp_path / "bottleneck.csv", rows)
         sweep._write(tmp_path / "bottleneck_speed.csv", [
-            {"seed": s, "LoRA merged": 1 + 0.01 * s, "bottleneck": 1.3, "step": 0.8}
+            {"seed": s, "LoRA merged": 1 + 0.01 * s, "bottleneck": 1.3 + 0.01 * s, "step": 0.8}
             for s in range(3)])
     return run
 

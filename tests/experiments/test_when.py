@@ -76,7 +76,8 @@ def test_forgetting_is_compared_at_equal_loss_on_the_task(planted):
     np.testing.assert_allclose(ours, [1, 1, 1])
     np.testing.assert_allclose(theirs, [1, 1, 1], rtol=1e-5)
     verdict = {v.claim: v.verdict for v in when.verdicts()}
-    assert verdict["LoRA forgets less than full fine-tuning"] == "holds if each has its best rate"
+    least = verdict["LoRA forgets less than full fine-tuning"]
+    assert least.startswith("holds if each has its best rate, after: restyle 1, instructions 6")
 
 
 def test_the_verdicts_follow_the_numbers(planted, monkeypatch):
