@@ -37,6 +37,7 @@ def planted(tmp_path, monkeypatch):
 
 def whole(run):
     run(when.tuning())
+    run(when.finals())
     run(when.comparison(when.SEEDS))
     run(when.forgetting())
 
@@ -44,13 +45,24 @@ def whole(run):
 def test_a_grid_goes_on_until_the_best_rate_is_inside(planted, monkeypatch):
     monkeypatch.setitem(RATE, NARROW, 3.2e-2)
     rates, best = when.grid(STYLE, NARROW)
-    assert (rates, best) == ([4e-3, 8e-3, 1.6e-2], None)
+    assert (rates, best) == ([4e-3, 8e-3, 1.6e-2], [])
     for last in (3.2e-2, 6.4e-2):
         planted(when.tuning())
         assert when.grid(STYLE, NARROW)[0][-1] == last
     planted(when.tuning())
-    assert when.grid(STYLE, NARROW) == ([4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2], 3.2e-2)
+    rates, order = when.grid(STYLE, NARROW)
+    assert rates == [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2] and order[0] == 3.2e-2
     assert when.best_rate("dialect 0.1", BROAD) == RATE[BROAD]
+
+
+def test_the_second_seed_decides_between_the_two_best_rates(planted, monkeypatch):
+    planted(when.tuning())
+    assert when.best_rate(STYLE, BROAD) == 8e-3 and when.grid(STYLE, BROAD)[1][1] in (4e-3, 1.6e-2)
+    second = when.grid(STYLE, BROAD)[1][1]
+    monkeypatch.setitem(RATE, BROAD, second)          # on seed 11 it is better, and by more
+    monkeypatch.setitem(LOSS, BROAD, 0.0)
+    planted([p for p in when.finals() if p["lr"] == second])
+    assert when.best_rate(STYLE, BROAD) == second
 
 
 def test_what_is_compared_leaves_out_the_tuning_seed_and_other_rates(planted):
@@ -122,6 +134,6 @@ def test_the_kept_sweep_is_whole():
         for method in when.methods(task):
             assert len(when.compared(task, method)) >= 3
             if task not in when.TUNED_ON:
-                rates, best = when.grid(task, method)
-                assert rates[0] < best < rates[-1]
+                rates, order = when.grid(task, method)
+                assert rates[0] < order[0] < rates[-1]
     assert len(when.verdicts()) == 7
