@@ -114,13 +114,17 @@ def trial(name: str, method: str, lr: float, steps: int = 200, batch_size: int =
 
 
 def _medians(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """The median time of each call, in turns, without the first fifth."""
+    """The median time of each call, in turns, without the first fifth.
+
+    It is the processor's time: on one thread that is the time on a free core, and what else the
+    machine does, which interrupts the same call of every turn, is not in it.
+    """
     taken = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             call()
-            taken[name].append(time.perf_counter() - begin)
+            taken[name].append(time.process_time() - begin)
     return {name: float(np.median(times[rounds // 5:])) for name, times in taken.items()}
 
 

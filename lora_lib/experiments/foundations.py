@@ -255,26 +255,6 @@ def memory_of_lora_on_q_and_v_at_width_512(seed):
     return low / full_
 
 
-@measure
-def time_of_an_unmerged_call_at_width_512(seed, rounds=60):
-    """One token through a model with adapters on all linear layers, over the same model merged."""
-    import torch
-
-    from lora_lib.torch import merge as merge_all
-
-    model = _models(seed, 512, "all-linear")[1].eval()
-    models, token = (model, merge_all(copy.deepcopy(model))), torch.tensor([[1]])
-    times = [[], []]
-    with torch.no_grad():
-        for _ in range(rounds):
-            for each, taken in zip(models, times):
-                start = time.perf_counter()
-                each(token)
-                taken.append(time.perf_counter() - start)
-    unmerged, merged = (np.median(taken[10:]) for taken in times)
-    return unmerged / merged
-
-
 # ---------------------------------------------------------------------------------- the verdicts
 def values(what: str) -> np.ndarray:
     """The kept values of a measure, by seed."""
@@ -297,7 +277,6 @@ def verdicts() -> list[Verdict]:
     kept = of["kept of a small update merged in bfloat16"]
     parted = of["both tasks after merging adapters in different layers"]
     wide = of["step time of lora on q and v at width 512"]
-    call = of["time of an unmerged call at width 512"]
     narrow = of["step time of lora on all linear layers at width 96"]
     shape, targets = costs.LLAMA_7B, ("q_proj", "v_proj")
     share = shape.lora_parameters(8, targets) / shape.parameters()
@@ -365,9 +344,6 @@ def verdicts() -> list[Verdict]:
                 "a step's time over full fine-tuning's: width 512, q and v, "
                 f"{shown('step time of lora on q and v at width 512')}; width 96, all linear, "
                 f"{shown('step time of lora on all linear layers at width 96')}"),
-        Verdict("not merging costs time at inference", "4, 9", judged(min(call) > 1.05),
-                "one token at width 512, all linear layers adapted: "
-                f"{shown('time of an unmerged call at width 512')} times as long"),
         Verdict("an adapter takes about 10 MB", "5",
                 judged(size_all < 20, "holds if few layers are adapted" if size < 20 else DOES_NOT),
                 f"7B, rank 8, 16 bits: {size:.1f} MB on q and v, {size_all:.0f} MB on all linear "

@@ -73,14 +73,14 @@ def score(model, data=None) -> float:
 
 # ------------------------------------------------------- the mistakes, one function each
 @lru_cache(maxsize=16)
-def _trained(seed, *, rank=8, dropout=0.0, **how):
+def _trained(seed, rank, dropout, lr, steps, examples):
     model = adapted(seed, rank, dropout=dropout)
-    train(model, seed, **how)
+    train(model, seed, lr=lr, steps=steps, examples=examples)
     return model
 
 
-def none(seed, **how):
-    return copy.deepcopy(_trained(seed, **how))
+def none(seed, *, rank=8, dropout=0.0, lr=1e-2, steps=400, examples=0):
+    return copy.deepcopy(_trained(seed, rank, dropout, lr, steps, examples))
 
 
 def full_fine_tuning(seed, *, rank, **how):

@@ -62,13 +62,20 @@ def grid(task: str, method: tuple[str, int]) -> tuple[list[float], list[float]]:
     return rates, order
 
 
+def close(task: str, method: tuple[str, int]) -> list[float]:
+    """The best rate on the first tuning seed, and the second if its loss is within 5 %."""
+    loss = lambda lr: kept(task, method, lr=lr, seed=TUNING[0])[0]["loss"]
+    order = grid(task, method)[1][:2]
+    return [lr for lr in order if loss(lr) <= 1.05 * loss(order[0])]
+
+
 def best_rate(task: str, method: tuple[str, int]) -> float:
-    """Of the two best rates on the first tuning seed, the one with the least mean loss on both."""
+    """The rate with the least mean loss, on both tuning seeds, of those that are `close`."""
     task = TUNED_ON.get(task, task)
     def loss(lr):
         rows = [row for row in kept(task, method, lr=lr) if row["seed"] in TUNING]
         return column(rows, "loss").mean()
-    return min(grid(task, method)[1][:2], key=loss)
+    return min(close(task, method), key=loss)
 
 
 def tuning() -> list[dict]:
@@ -78,9 +85,9 @@ def tuning() -> list[dict]:
 
 
 def finals() -> list[dict]:
-    """The two best rates of every grid, on the second tuning seed."""
+    """The rates between which the second tuning seed decides."""
     return [_point(task, method, lr, TUNING[1]) for task in SETTING if task not in TUNED_ON
-            for method in methods(task) for lr in grid(task, method)[1][:2]]
+            for method in methods(task) if len(rates := close(task, method)) > 1 for lr in rates]
 
 
 def comparison(seeds) -> list[dict]:

@@ -98,7 +98,7 @@ def test_a_grid_goes_on_until_the_best_rate_is_inside(planted):
     planted(lambda i, people: 1)
     assert capacity.grid(LARGE) == ([5e-3, 1e-2, 2e-2], 1e-2)
     assert capacity.grid(SMALL)[0] == [5e-3, 1e-2, 2e-2, 4e-2]   # a rate is still to be tried
-    assert capacity.grid(capacity.DEEPER) == ([1e-2, 2e-2, 4e-2], None)
+    assert capacity.grid(("all", 2, 2)) == ([1e-2, 2e-2, 4e-2], None)
 
 
 def test_the_kept_sweep_is_whole():

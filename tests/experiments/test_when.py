@@ -55,13 +55,16 @@ def test_a_grid_goes_on_until_the_best_rate_is_inside(planted, monkeypatch):
     assert when.best_rate("dialect 0.1", BROAD) == RATE[BROAD]
 
 
-def test_the_second_seed_decides_between_the_two_best_rates(planted, monkeypatch):
+def test_a_second_seed_decides_between_rates_that_are_close(planted, monkeypatch):
+    monkeypatch.setitem(RATE, BROAD, 1.15e-2)         # between two rates of the grid
     planted(when.tuning())
-    assert when.best_rate(STYLE, BROAD) == 8e-3 and when.grid(STYLE, BROAD)[1][1] in (4e-3, 1.6e-2)
-    second = when.grid(STYLE, BROAD)[1][1]
-    monkeypatch.setitem(RATE, BROAD, second)          # on seed 11 it is better, and by more
+    assert when.close(STYLE, NARROW) == [8e-3]
+    first, second = when.close(STYLE, BROAD)
+    assert {first, second} == {8e-3, 1.6e-2} and when.best_rate(STYLE, BROAD) == first
+    assert {p["lr"] for p in when.finals()} == {first, second}
+    monkeypatch.setitem(RATE, BROAD, second)
     monkeypatch.setitem(LOSS, BROAD, 0.0)
-    planted([p for p in when.finals() if p["lr"] == second])
+    planted(when.finals())
     assert when.best_rate(STYLE, BROAD) == second
 
 
