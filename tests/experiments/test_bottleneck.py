@@ -88,6 +88,9 @@ def test_what_is_not_linear_is_told_from_what_is(monkeypatch):
     # without the nonlinearity nothing is left
     monkeypatch.setattr(bottleneck.F, "gelu", lambda x: x)
     assert max(bottleneck.not_linear(model, TOKENS)) < 1e-10
+    merged = bottleneck.merge_fits(model, TOKENS)
+    torch.testing.assert_close(merged(TOKENS), model(TOKENS))
+    assert bottlenecks(merged) == [] and len(bottlenecks(model)) == 8
     assert bottleneck.not_linear(start(LORA), TOKENS) == []
 
 
