@@ -112,7 +112,7 @@ def planted(tmp_path, monkeypatch):
             far = abs(np.log2(p["lr"] / (best if p["method"] == BOTTLENECK else 8e-3)))
             match = 0.6 + 0.01 * p["seed"] - (behind + 0.001 * (p["seed"] % 2)) * (
                 p["method"] == BOTTLENECK)
-            rows.append(p | {"match": match, "loss": 1 + far, "not linear": 0.3})
+            rows.append({"steps": 200} | p | {"match": match, "loss": 1 + far, "not linear": 0.3})
         sweep._write(tmp_path / "bottleneck.csv", rows)
         sweep._write(tmp_path / "bottleneck_speed.csv", [
             {"seed": s, "LoRA merged": 1 + 0.01 * s, "bottleneck": 1.3 + 0.01 * s, "step": 0.8}
