@@ -26,7 +26,8 @@ SETTING = {
     "records 1": (300, 8, 5), "dialect 1.0": (100, 4, 3), "dialect 0.1": (100, 4, 3),
     "dialect 0.5": (100, 4, 3),
 }
-TUNED_ON = {"dialect 0.1": "dialect 0.25", "dialect 0.5": "dialect 1.0"}   # for want of time
+# These take the rate of a neighbour.
+TUNED_ON = {"dialect 0.1": "dialect 0.25", "dialect 0.5": "dialect 1.0"}
 SHARES = (0.1, 0.25, 0.5, 1.0)
 STYLE, FOLLOW, DOMAIN, FAR, FORMAT = (
     "restyle 1", "instructions 6", "dialect 0.25", "dialect 1.0", "records 1")
@@ -189,21 +190,26 @@ def verdicts() -> list[Verdict]:
     ways = {NARROW: HOLDS, BROAD: f"{HOLDS} if all linear layers are adapted",
             WIDE: f"{HOLDS} if all linear layers are adapted at rank 32"}
 
-    def effect(task):
+    def effect(task, open=()):
+        """The shares; and whether those `open` are below the line only as far as the mean tells."""
+        near = [m for m in open if share(task, m).mean() < ENOUGH <= sum(interval(share(task, m)))]
         return "share of full fine-tuning's quality: " + ", ".join(
-            f"{NAMES[m]} {shown(share(task, m))}" for m in methods(task) if m != FULL)
+            f"{NAMES[m]} {shown(share(task, m))}" for m in methods(task) if m != FULL) + (
+            f"; open, as the interval of {NAMES[near[-1]]} includes {ENOUGH}" if near else "")
 
     def good(claim, task):
         verdict = next((verdict for m, verdict in ways.items() if enough(task, m)), DOES_NOT)
-        return Verdict(claim, "8", verdict, effect(task))
+        return Verdict(claim, "8", verdict, effect(task, ways if verdict == DOES_NOT else ()))
 
     def more(claim, task):
         verdict = DOES_NOT if enough(task, NARROW) else f"{HOLDS} if only q and v are adapted"
-        return Verdict(claim, "8", verdict if enough(task, BROAD) else HOLDS, effect(task))
+        return Verdict(claim, "8", verdict if enough(task, BROAD) else HOLDS, effect(task, [BROAD]))
 
     reached = {m: [task for task in SETTING if enough(task, m)] for m in ways}
-    most = max(reached.values(), key=len)
-    some = f"{HOLDS} if the task is one of: {', '.join(most)}" if most else DOES_NOT
+    most = max(ways, key=lambda m: len(reached[m]))
+    others = ", ".join(task for task in SETTING if task not in reached[most])
+    some = DOES_NOT if not reached[most] else (
+        f"{HOLDS} if q and v are adapted" if most == NARROW else ways[most]) + f", not on: {others}"
     every = next((verdict for m, verdict in ways.items() if len(reached[m]) == len(SETTING)), some)
     ours, theirs = forgotten(BROAD)
     above = lambda values: interval(values)[0] - interval(values)[1] > 0

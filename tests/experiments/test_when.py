@@ -114,6 +114,9 @@ def test_the_verdicts_follow_the_numbers(planted, monkeypatch):
     verdict = {v.claim: v.verdict for v in when.verdicts()}
     assert verdict["good for style"] == "holds if all linear layers are adapted"
     assert verdict[shift] == "holds if only q and v are adapted"
+    monkeypatch.setattr(when, "share", lambda task, method: np.array([0.8, 1.0, 0.9]))
+    style, *_ = when.verdicts()                       # 0.90 ± 0.25
+    assert style.verdict == "does not hold" and "; open, as the interval" in style.effect
 
 
 @pytest.mark.parametrize("frozen", [True, False])
