@@ -301,6 +301,10 @@ def verdicts() -> list[Verdict]:
                 judged(costs.lora_parameters(4096, 4096, 8) // 1000 == 65),
                 f"{costs.lora_parameters(4096, 4096, 8):,} in place of "
                 f"{costs.full_parameters(4096, 4096):,}"),
+        Verdict("ranks 4, 8, 16, 64 train 32K, 65K, 131K, 524K numbers in a 4096 x 4096 layer", "7",
+                judged([costs.lora_parameters(4096, 4096, r) // 1000 for r in (4, 8, 16, 64)]
+                       == [32, 65, 131, 524]),
+                ", ".join(f"{costs.lora_parameters(4096, 4096, r):,}" for r in (4, 8, 16, 64))),
         Verdict("B projects down and A projects up", "2",
                 judged(LoRALayer(5, 7, 2).B.shape[0] < LoRALayer(5, 7, 2).B.shape[1]),
                 "A (r, k) projects down to r numbers, B (d, r) projects up"),
@@ -320,6 +324,10 @@ def verdicts() -> list[Verdict]:
                 f"{shown('accuracy at the start with both random')} on the old task at the start"),
         Verdict("merged, the model computes the same", "4", judged(merged < 1e-12),
                 f"relative difference {10 ** np.ceil(np.log10(merged)):.0e} at most, in float64"),
+        Verdict("merged, inference costs nothing extra", "4",
+                judged(column(read("bottleneck_speed"), "LoRA merged").mean() < 1.05),
+                "one call over the bare model's: {:.2f} ± {:.2f}".format(
+                    *interval(column(read("bottleneck_speed"), "LoRA merged")))),
         Verdict("merging loses nothing", "4",
                 judged(min(kept) > 0.95, "holds if the update is not small beside 16-bit weights"),
                 "merged in bfloat16, an update of 1/1024 of the weight's norm keeps "

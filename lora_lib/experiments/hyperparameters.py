@@ -154,6 +154,11 @@ def verdicts() -> list[Verdict]:
         Verdict("with a rate that worked for full fine-tuning, start with alpha = 2r", "7",
                 up_to(serves, lambda good: f"at least {min(good)}"),
                 f"loss there and at LoRA's own rate: {losses}"),
+        Verdict("LoRA's rate lies between 0.0001 and 0.001", "7",
+                HOLDS if all(1e-4 <= rate <= 1e-3 for r in RANKS
+                             for rate in best_rates("alpha = 2r", r)) else DOES_NOT,
+                "best rate in this small model, alpha = 2r: " + "; ".join(
+                    f"rank {r} {times(best_rates('alpha = 2r', r))[0]:.4f}" for r in RANKS)),
         Verdict("start with rank 8; increase it if it underfits", "7",
                 HOLDS if mean - half > 0 else DOES_NOT,
                 f"loss, rank 8 minus rank {RANKS[-1]}: {mean:.2f} ± {half:.2f}"),

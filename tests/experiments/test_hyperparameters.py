@@ -67,8 +67,9 @@ def test_the_verdicts_follow_the_numbers(planted, monkeypatch):
     monkeypatch.setattr(h, "rank_8", lambda: np.array([0.9, 0.91, 0.92]))
     of = lambda: [v.verdict for v in h.verdicts()]
     # planted: alpha = 16 rises by 64^0.75, rsLoRA by 64^0.25, alpha = 2r falls by 64^-0.25
-    divided, root, higher, serves, more = of()
+    divided, root, higher, serves, between, more = of()
     assert (divided, root) == ("does not hold", "does not hold")
+    assert between == "does not hold"
     assert (higher, more) == ("holds", "holds")                            # 8, 5.7, 4, 2.8 e-3
     assert serves == "holds if the rank is at least 64"                    # the nearest rate there
     monkeypatch.setattr(h, "higher", lambda scheme, rank: np.array([0.9, 1, 1.1]) * 8 / rank**0.5)
@@ -86,4 +87,4 @@ def test_the_kept_sweep_is_whole():
                 assert not h.at_end(scheme, rank)
     assert not {0, len(h.FULL_RATES) - 1} & set(h.grid("full").argmin(axis=1))
     assert len(h.searched("lookup 3", "all", 8)[1]) == 5
-    assert len(h.verdicts()) == 5
+    assert len(h.verdicts()) == 6
