@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lora_lib.text import (COLORS, FACTS, FEELINGS, LISTS, PEOPLE, PLACES, THINGS, TRADES, Tale,
+from lora_lib.text import (COLORS, FEELINGS, PEOPLE, PLACES, THINGS, TRADES, Tale,
                            Tokenizer, questions, stranger, tales)
 
 Pair = tuple[str, str]
@@ -52,7 +52,8 @@ def task(name: str, *, train: int = 2000, test: int = 300, seed: int = 0) -> Tas
     try:
         dial = type(usual)(dial) if dial else usual
     except ValueError:
-        raise ValueError(f"{kind!r} takes {type(usual).__name__} as its dial, got {name!r}") from None
+        raise ValueError(f"{kind!r} takes {type(usual).__name__} as its dial, "
+                         f"got {name!r}") from None
     examples = make(train + 2 * test + 100, f"{kind} {dial} {seed}", dial)
     seen = set(examples[:train])
     held_out = list(dict.fromkeys(e for e in examples[train:] if e not in seen))[:test]

@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_lib.experiments.claims import DOES_NOT, HOLDS, Verdict
 from lora_lib.experiments.hyperparameters import SETTING, TASK
-from lora_lib.experiments.sweep import column, interval, main, read, select
+from lora_lib.experiments.sweep import column, interval, main, read, select, shown
 from lora_lib.experiments.trial import trial
 
 SEEDS = range(3)
@@ -62,7 +62,6 @@ def gain(task: str) -> np.ndarray:
 
 def verdicts() -> list[Verdict]:
     """A difference counts when it is above 0 beyond its 95 % interval over the seeds."""
-    shown = lambda values: "{:.2f} ± {:.2f}".format(*interval(values))
     more = gain(HARD) - gain(EASY)
     mean, half = interval(more)
     return [Verdict("the more complex the task, the higher the rank that it needs", "7",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lib.experiments.claims import DOES_NOT, HOLDS, Verdict
-from lora_lib.experiments.sweep import RESULTS, Row, column, interval, main, read, select
+from lora_lib.experiments.sweep import RESULTS, Row, column, main, read, select, shown
 from lora_lib.experiments.trial import TARGETS, base, bits_known
 from lora_lib.tasks import BITS_PER_PERSON, biographies
 from lora_lib.torch import fine_tune, inject, warmup_cosine
@@ -194,7 +194,6 @@ def verdicts() -> list[Verdict]:
         verdict = f"{HOLDS} if the facts outgrow the adapter"
     else:
         verdict = HOLDS
-    shown = lambda values: "{:.2f} ± {:.2f}".format(*interval(values))
     effect = "; ".join(f"{NAMES[a]} {shown(share(a, few))} and {shown(share(a, many))}"
                        for a in (SMALL, MIDDLE, LARGE, FULL))
     return [Verdict("might need more for entirely new knowledge", "8", verdict,

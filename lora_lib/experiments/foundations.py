@@ -11,6 +11,7 @@ import numpy as np
 
 from lora_lib import costs
 from lora_lib.data import digits
+from lora_lib.experiments import sweep
 from lora_lib.experiments.claims import DOES_NOT, HOLDS, Verdict
 from lora_lib.experiments.sweep import column, interval, main, read, select
 from lora_lib.numpy import LoRALayer, LoRALinear, accuracy, inject, merge, mlp, train
@@ -263,8 +264,7 @@ def values(what: str) -> np.ndarray:
 
 def shown(what: str, form: str = ".2f") -> str:
     """The mean and its 95 % interval, written out."""
-    mean, half = interval(values(what))
-    return f"{mean:{form}} ± {half:{form}}"
+    return sweep.shown(values(what), form)
 
 
 def verdicts() -> list[Verdict]:
@@ -326,8 +326,8 @@ def verdicts() -> list[Verdict]:
                 f"relative difference {10 ** np.ceil(np.log10(merged)):.0e} at most, in float64"),
         Verdict("merged, inference costs nothing extra", "4",
                 judged(column(read("bottleneck_speed"), "LoRA merged").mean() < 1.05),
-                "one call over the bare model's: {:.2f} ± {:.2f}".format(
-                    *interval(column(read("bottleneck_speed"), "LoRA merged")))),
+                "one call over the bare model's: "
+                + sweep.shown(column(read("bottleneck_speed"), "LoRA merged"))),
         Verdict("merging loses nothing", "4",
                 judged(min(kept) > 0.95, "holds if the update is not small beside 16-bit weights"),
                 "merged in bfloat16, an update of 1/1024 of the weight's norm keeps "

@@ -16,7 +16,7 @@ from lora_lib import costs
 from lora_lib.data import digits
 from lora_lib.experiments import latency
 from lora_lib.experiments.claims import DOES_NOT, HOLDS, Verdict
-from lora_lib.experiments.sweep import RESULTS, column, interval, main, read, run, select
+from lora_lib.experiments.sweep import RESULTS, column, interval, main, read, run, select, shown
 from lora_lib.text import FEELINGS, PEOPLE
 from lora_lib.torch import fine_tune, inject, load_pretrained, lora_modules, warmup_cosine
 
@@ -302,11 +302,6 @@ def values(what: str = "test", **where):
 def tuned(rank: int, examples: int = 0, what: str = "test"):
     """The kept outcomes of a rank, or 0 for full fine-tuning, at the rate that is best for it."""
     return values(what, **_method(rank), lr=best_rate(rank, examples), examples=examples)
-
-
-def shown(values, form: str = ".2f") -> str:
-    mean, half = interval(values)
-    return f"{mean:{form}} ± {half:.2f}"
 
 
 def cost_of_rank(rank: int, over: int = 8) -> tuple[float, float]:

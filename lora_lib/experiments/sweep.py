@@ -20,7 +20,8 @@ RESULTS = Path(__file__).parent / "results"
 Row = dict[str, str | float]
 
 
-def run(trial: Callable[..., dict], points: Iterable[dict], path: Path, *, workers: int = 1) -> None:
+def run(trial: Callable[..., dict], points: Iterable[dict], path: Path, *,
+        workers: int = 1) -> None:
     """Call trial(**point) at every point that `path` does not hold yet, and keep its results there.
 
     A row is the trial's arguments, defaults included, then its results, to six digits. They must
@@ -78,6 +79,12 @@ def interval(values) -> tuple[float, float]:
         raise ValueError(f"an interval needs at least two values, got {len(values)}")
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
     return float(values.mean()), float(half)
+
+
+def shown(values, form: str = ".2f") -> str:
+    """The mean and the half-width of its interval, written out: "0.47 ± 0.05"."""
+    mean, half = interval(values)
+    return f"{mean:{form}} ± {half:{form}}"
 
 
 def agree(one, other) -> bool:

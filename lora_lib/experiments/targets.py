@@ -7,7 +7,7 @@ of each choice is the best of a grid on seeds 10 and 11; what is compared are th
 import numpy as np
 
 from lora_lib.experiments.claims import DOES_NOT, HOLDS, Verdict
-from lora_lib.experiments.sweep import column, interval, main, read, select
+from lora_lib.experiments.sweep import column, interval, main, read, select, shown
 from lora_lib.experiments.trial import adapted, bits_known, train, trial
 from lora_lib.tasks import BITS_PER_PERSON, Task, biographies
 
@@ -117,11 +117,6 @@ def known(targets: str) -> np.ndarray:
     return column([row for row in found if row["seed"] in SEEDS], "known")
 
 
-def shown(values) -> str:
-    mean, half = interval(values)
-    return f"{mean:.2f} ± {half:.2f}"
-
-
 def _greater(one, other) -> bool:
     """Whether one is greater, seed by seed, beyond the 95 % interval of the difference."""
     mean, half = interval(one - other)
@@ -138,7 +133,8 @@ def verdicts() -> list[Verdict]:
         """A verdict from {task: whether it holds there}."""
         names = {look: "looking up", follow: "following instructions"}
         there = [names[task] for task in TASKS if holds[task]]
-        verdict = HOLDS if len(there) == 2 else f"holds if the task is {there[0]}" if there else DOES_NOT
+        verdict = (HOLDS if len(there) == len(TASKS) else
+                   f"{HOLDS} if the task is {there[0]}" if there else DOES_NOT)
         return Verdict(claim, "6", verdict, text)
 
     def losses(*choices):

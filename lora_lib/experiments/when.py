@@ -7,8 +7,7 @@ of each method on a task is the best of a grid on seeds 10 and 11; other seeds a
 import numpy as np
 
 from lora_lib.experiments.claims import DOES_NOT, HOLDS, Verdict
-from lora_lib.experiments.sweep import (RESULTS, Row, column, interval, main, read,
-                                        select)
+from lora_lib.experiments.sweep import RESULTS, Row, column, interval, main, read, select, shown
 from lora_lib.experiments.trial import base, made, measure, train, trial
 
 # A method is (targets, rank); alpha is 2 * rank.
@@ -178,11 +177,6 @@ def forgotten(method: tuple[str, int], rates: bool = True) -> tuple[np.ndarray, 
         full = [r for i, r in enumerate(full) if all(r["tales"] < q["tales"] for q in full[:i])]
         theirs.append(np.interp(row["loss"], column(full, "loss"), column(full, "tales")))
     return column(ours, "tales"), np.array(theirs)
-
-
-def shown(values, form=".2f") -> str:
-    mean, half = interval(values)
-    return f"{mean:{form}} ± {half:{form}}"
 
 
 def verdicts() -> list[Verdict]:
