@@ -84,7 +84,7 @@ def interval(values) -> tuple[float, float]:
 def shown(values, form: str = ".2f") -> str:
     """The mean and the half-width of its interval, written out: "0.47 ± 0.05"."""
     mean, half = interval(values)
-    return f"{mean:{form}} ± {half:{form}}"
+    return f"{mean:{form}} ± {half:{form.lstrip('+')}}"
 
 
 def agree(one, other) -> bool:

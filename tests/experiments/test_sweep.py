@@ -77,6 +77,11 @@ def test_intervals_are_students_and_cover(tmp_path):
         sweep.interval([1.0])
 
 
+def test_an_interval_is_written_with_one_sign():
+    assert sweep.shown([1.0, 2.0, 3.0]) == "2.00 ± 2.48"
+    assert sweep.shown([1.0, 2.0, 3.0], "+.1f") == "+2.0 ± 2.5"
+
+
 def test_agree_tells_apart_what_differs():
     one = [1.0, 1.1, 0.9]
     assert sweep.agree(one, [1.05, 0.95, 1.0]) and not sweep.agree(one, [3.0, 3.1, 2.9])
