@@ -9,7 +9,7 @@ export TQDM_DISABLE := 1
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: help book test notebooks repository clean
+.PHONY: help book test notebooks release variant grade repository clean
 .DEFAULT_GOAL := help
 
 help: ## list the tasks
@@ -31,6 +31,15 @@ test: .venv/ready ## run the tests and every chapter, outputs compared (ARGS="te
 
 notebooks: .venv/ready ## run the chapters and store their outputs (CHAPTER=03 for one)
 	$(BIN)/python scripts/notebooks.py $(CHAPTER)
+
+release: .venv/ready ## make the assignments that learners get from their sources
+	$(BIN)/python assignments/release.py
+
+variant: .venv/ready ## another version of an assignment (ASSIGNMENT=02_math NUMBER=7)
+	$(BIN)/python assignments/variant.py $(ASSIGNMENT) $(NUMBER)
+
+grade: .venv/ready ## grade a folder of submissions (SUBMISSIONS=dir)
+	env -u TQDM_DISABLE $(BIN)/python assignments/grade.py $(SUBMISSIONS)
 
 repository: .venv/ready ## point every link at a fork (REPO=owner/name)
 	$(BIN)/python scripts/set_repository.py $(REPO)
