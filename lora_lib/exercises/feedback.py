@@ -67,7 +67,7 @@ def same(got, want, what: str = "the result", *, rtol: float = 1e-7, atol: float
     for hint, mistake in (hints or {}).items():
         mistaken = _numeric(mistake)
         if mistaken.shape == found.shape and _close(found, mistaken, rtol, atol):
-            message += f" Hint: {hint}."
+            message += f" Hint: {hint}" + ("" if hint.endswith(("?", ".")) else ".")
             break
     raise Wrong(message)
 
@@ -114,6 +114,8 @@ def _close(a, b, rtol, atol):
 def _kind(value):
     if isinstance(value, str):
         return "a string"
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "biufc":
+        return f"an array of {value.dtype}"
     if isinstance(value, np.ndarray) and value.shape:
         return "a NumPy array"
     if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
