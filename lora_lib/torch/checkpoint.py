@@ -15,6 +15,8 @@ from torch import nn
 from lora_lib.files import atomic
 from lora_lib.torch.inject import (base_modules, inject_each, lora_modules, lora_state_dict,
                                    nearest)
+from lora_lib.torch.linear import is_conv1d, is_linear, shape_of, weight_of
+from lora_lib.torch.lora import LoRALinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -62,7 +64,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *,
         "rank_pattern": {f"^{name}": r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {f"^{name}": a for name, a in alphas.items() if a != alpha},
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(is_conv1d(layer.linear) for layer in layers.values()),
         "init_lora_weights": True,
         "modules_to_save": None,
     }
@@ -212,9 +214,11 @@ def _check_fit(model, name, A, B, rank, sample):
     except AttributeError:
         raise ValueError(f"the model has no {name}, which the adapter is for: is it another base? "
                          f"{nearest(model, name)}") from None
-    if not hasattr(module, "in_features"):
+    adapted = isinstance(module, LoRALinear)
+    if not (adapted or is_linear(module)):
         return                                   # inject_each says what is wrong with it
-    expected = (rank, module.in_features), (module.out_features, rank)
+    out_features, in_features = shape_of(module.linear if adapted else module)
+    expected = (rank, in_features), (out_features, rank)
     if (tuple(A.shape), tuple(B.shape)) != expected:
         raise ValueError(f"{name}: A and B have shapes {tuple(A.shape)} and {tuple(B.shape)}, "
                          f"expected {expected[0]} and {expected[1]}")
@@ -227,7 +231,7 @@ def _check_fit(model, name, A, B, rank, sample):
 
 def _sample(layer, count=8):
     """A few values of the base's weight, spread evenly over it."""
-    W = layer.weight.detach()
+    W = (layer.weight if isinstance(layer, LoRALinear) else weight_of(layer)).detach()
     if getattr(layer, "merged", False):
         W = layer.unmerge_weights(W)
     W = W.flatten()

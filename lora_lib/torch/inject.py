@@ -8,6 +8,7 @@ from collections.abc import Collection
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lora_lib.torch.linear import is_linear, is_quantized
 from lora_lib.torch.lora import LoRALinear, generator_of
 
 
@@ -150,7 +151,7 @@ def _find(model, target_modules):
     if target_modules == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
         names = [n for n, m in modules.items()
-                 if isinstance(m, (nn.Linear, LoRALinear)) and m is not head]
+                 if (is_linear(m) or isinstance(m, LoRALinear)) and m is not head]
         if not names:
             raise ValueError("target_modules='all-linear': the model has no nn.Linear to adapt")
         return names
@@ -183,7 +184,7 @@ def _full_match(pattern, name):
 
 def nearest(model: nn.Module, name: str) -> str:
     """A sentence that lists the linear layers whose names are nearest to `name`."""
-    paths = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, LoRALinear)) and n]
+    paths = [n for n, m in model.named_modules() if (is_linear(m) or isinstance(m, LoRALinear)) and n]
     leaves = dict.fromkeys(n.rpartition(".")[2] for n in paths)
     pool = paths if "." in name else list(leaves)
     close = difflib.get_close_matches(name, pool, n=4, cutoff=0.3) or pool[:8]
@@ -199,8 +200,10 @@ def _check_target(model, name):
     if isinstance(module, NonDynamicallyQuantizableLinear):
         raise TypeError(f"{name} belongs to an nn.MultiheadAttention, which reads the weight "
                         "without calling the layer: an adapter there would do nothing")
-    if not isinstance(module, nn.Linear):
+    if not is_linear(module):
         raise TypeError(f"{name} is a {type(module).__name__}, expected an nn.Linear")
+    if is_quantized(module):
+        return
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     if uses[id(module.weight)] > 1:
         owners = [n for n, p in model.named_parameters(remove_duplicate=False)

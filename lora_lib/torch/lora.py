@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lib.rules import check_dropout, check_rank, init_std_of, scaling_of
+from lora_lib.torch.linear import is_linear, is_quantized, shape_of, weight_of, write_weight
 
 
 class LoRALayer(nn.Module):
@@ -105,27 +106,29 @@ def generator_of(seed: int | torch.Generator | None) -> torch.Generator | None:
 
 
 class LoRALinear(LoRALayer):
-    """A frozen nn.Linear, y = W x + b, with a trainable low-rank update beside it.
+    """A frozen linear layer, y = W x + b, with a trainable low-rank update beside it.
 
-    `linear` is kept as it is (its weight is shared, not copied) and frozen. A and B live on its
-    device, in `dtype`: by default the weight's, or float32 beside a 16-bit weight, where small
+    `linear` is an nn.Linear, transformers' Conv1D, or a quantized layer (lora_lib.torch.linear).
+    It is kept as it is (its weight is shared, not copied) and frozen. A and B live on its device,
+    in `dtype`: by default the weight's, or float32 beside a 16-bit or quantized weight, where small
     steps would round to nothing. `dropout` acts on the adapter's input, while training.
-    Raises TypeError if `linear` is not an nn.Linear, or computes its weight (a parametrization,
+    Raises TypeError if `linear` is none of these, or computes its weight (a parametrization,
     weight_norm): merging could not write there. The rest is LoRALayer's.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int = 8, alpha: float = 16.0,
+    def __init__(self, linear: nn.Module, rank: int = 8, alpha: float = 16.0,
                  dropout: float = 0.0, *, dtype=None, **options):
-        if not isinstance(linear, nn.Linear):
+        if not is_linear(linear):
             raise TypeError(f"expected an nn.Linear to adapt, got {type(linear).__name__}")
-        W = linear.weight
-        if not isinstance(W, nn.Parameter):
+        if not is_quantized(linear) and not isinstance(linear.weight, nn.Parameter):
             raise TypeError("the layer's weight is not a parameter but computed, by a "
                             "parametrization or a hook: remove that first")
         dropout = check_dropout(dropout)
+        W = weight_of(linear)
         dtype = dtype or torch.promote_types(W.dtype, torch.float32)
-        super().__init__(linear.in_features, linear.out_features, rank, alpha, dtype=dtype,
-                         device=W.device, **options)
+        out_features, in_features = shape_of(linear)
+        super().__init__(in_features, out_features, rank, alpha, dtype=dtype, device=W.device,
+                         **options)
         self.linear = linear.requires_grad_(False)
         self.dropout = nn.Dropout(dropout)
         self.merged = False
@@ -140,21 +143,21 @@ class LoRALinear(LoRALayer):
     def merge(self) -> "LoRALinear":
         """Fold the update into the weight, in place. Merging a merged layer changes nothing."""
         if not self.merged:
-            self.linear.weight.data.copy_(self.merge_weights(self.linear.weight))
+            write_weight(self.linear, self.merge_weights(self.weight))
             self.merged = True
         return self
 
     def unmerge(self) -> "LoRALinear":
         """Take the update out of the weight again, exact up to rounding in its dtype."""
         if self.merged:
-            self.linear.weight.data.copy_(self.unmerge_weights(self.linear.weight))
+            write_weight(self.linear, self.unmerge_weights(self.weight))
             self.merged = False
         return self
 
     @property
     def weight(self) -> Tensor:
         """The linear layer's own weight (d, k): without the update unless `merged`."""
-        return self.linear.weight
+        return weight_of(self.linear)
 
     @property
     def bias(self) -> Tensor | None:
