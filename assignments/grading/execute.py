@@ -24,9 +24,9 @@ from grading.sandbox import Died, Sandbox, problem
 class IsolatedExecute(NbGraderPreprocessor):
     """Takes the place of nbgrader's Execute in `Autograde.autograde_preprocessors`."""
 
-    seconds = Float(30, help="the longest that a cell, or one call by a test, may take").tag(
+    seconds = Float(60, help="the longest that a cell, or one call by a test, may take").tag(
         config=True)
-    seconds_in_all = Float(90, help="the longest that a whole notebook may take").tag(config=True)
+    seconds_in_all = Float(240, help="the longest that a whole notebook may take").tag(config=True)
     isolated = Bool(True, help="whether to use bubblewrap; without it, trust every learner").tag(
         config=True)
 

@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from lora_lib.torch.inject import lora_modules
+from lora_lib.torch.inject import lora_modules, saved_modules
+from lora_lib.torch.linear import full
 from lora_lib.torch.lora import LoRALinear
 
 STAGES = ("start", "train", "serve")
@@ -95,8 +96,9 @@ def check(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *,
     if not layers and stage != "serve":
         found.add("no adapter", type(model).__name__)
     sound = {name: layer for name, layer in layers.items() if _sound(name, layer, found)}
+    whole = tuple(f"{name}." for name in saved_modules(model))
     other = {name: p for name, p in model.named_parameters()
-             if not _of_adapter(name, layers)
+             if not _of_adapter(name, layers) and not name.startswith(whole)
              and not any(fnmatchcase(name, pattern) for pattern in also_trained)}
     for name, layer in sound.items():
         zero_A, zero_B = (not bool(t.any()) for t in (layer.A, layer.B))
@@ -181,7 +183,7 @@ def _plain(name, layers):
 def _check_merge(name, layer: LoRALinear, original, found):
     """Which sum is in the weight? Each candidate is one mistake; the right one comes first."""
     W, dtype = layer.weight, layer.weight.dtype
-    delta = layer.delta_weight().double()
+    delta = full(layer.delta_weight()).double()
     base = original.detach().to(W.device).double()
     candidates = {
         True: ((None, 1), ("merged twice", 2), ("scaling forgotten", 1 / layer.scaling),
@@ -197,6 +199,6 @@ def _check_merge(name, layer: LoRALinear, original, found):
 
 def _same(one, other, dtype):
     """Within four roundings of `dtype`, in the Frobenius norm."""
-    one, other = one.double(), other.detach().to(one.device).double()
+    one, other = full(one).double(), other.detach().to(one.device).double()
     scale = torch.maximum(one.norm(), other.norm())
     return bool((one - other).norm() <= 4 * torch.finfo(dtype).eps * scale)

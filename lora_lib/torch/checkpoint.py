@@ -1,6 +1,5 @@
 """Adapters on disk, in PEFT's own format: adapter_config.json and adapter_model.safetensors."""
 
-import hashlib
 import json
 import os
 import re
@@ -8,42 +7,39 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from lora_lib.files import atomic
 from lora_lib.torch.inject import (base_modules, inject_each, lora_modules, lora_state_dict,
-                                   nearest)
-from lora_lib.torch.linear import is_conv1d, is_linear, shape_of, weight_of
+                                   nearest, saved_modules)
+from lora_lib.torch.linear import full, is_conv1d, is_linear, shape_of, weight_of
 from lora_lib.torch.lora import LoRALinear
+from lora_lib.torch.peft_format import (CONFIG, WEIGHTS, digest, names_module, read_config,
+                                        read_weights, setting, sort)
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-# Settings of PEFT's that change what the adapter computes and that this library has no code for.
-UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save",
-               "trainable_token_indices", "layer_replication", "target_parameters",
-               "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config")
-
-# Initializations of PEFT's that change the base's weights too: the adapter alone is not enough.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Modules that PEFT trains whole, and looks for in the file, under a task_type of their own.
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"),
+         "QUESTION_ANS": ("qa_outputs",)}
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, *,
                  base_model_name_or_path: str | None = None, task_type: str | None = None) -> Path:
-    """Write the model's adapters to the folder `path`, for PEFT, vLLM, or `load_adapter`.
+    """Write the model's adapters and modules to save to `path`, for PEFT, vLLM, `load_adapter`.
 
     Both files are written whole before either takes its place. The metadata holds a checksum and a
     few values of each adapted weight, by which `load_adapter` knows the base again. Give
-    `task_type="CAUSAL_LM"` for PEFT's Auto classes. Returns the folder.
+    `task_type="CAUSAL_LM"` for PEFT's Auto classes. Returns the folder. In a model that FSDP has
+    split, every process must call this; the first one writes.
 
-    Raises ValueError if the model has no adapter or one holds NaN or infinity, and FileExistsError
-    if `path` is a file.
+    Raises ValueError if the model has no adapter, one holds NaN or infinity, or PEFT's file has no
+    way to say what it holds, and FileExistsError if `path` is a file.
     """
     layers = lora_modules(model)
     if not layers or "" in layers:
         raise ValueError("the model holds no LoRALinear with a name: there is no adapter to save")
-    tensors = {key: t.cpu().contiguous() for key, t in lora_state_dict(model).items()}
+    tensors = {key: t.to("cpu", copy=True).contiguous()      # copies: safetensors refuses tied ones
+               for key, t in lora_state_dict(model).items()}
     for key, t in tensors.items():
         if not torch.isfinite(t).all():
             raise ValueError(f"{key} holds NaN or infinity; nothing was saved")
@@ -66,15 +62,17 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *,
         "bias": "none",
         "fan_in_fan_out": any(is_conv1d(layer.linear) for layer in layers.values()),
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": _whole(model, task_type) or None,
     }
     samples = {name: _sample(layer) for name, layer in layers.items()}
     samples = json.dumps(samples)
     path = Path(path)
+    if any(hasattr(p, "full_tensor") for p in model.parameters()) and torch.distributed.get_rank():
+        return path
     path.mkdir(parents=True, exist_ok=True)
     with atomic(path / WEIGHTS) as weights, atomic(path / CONFIG) as settings:
         save_file(tensors, weights, {"format": "pt", "lora_lib_base": samples,
-                                     "lora_lib_sha256": _digest(tensors, samples)})
+                                     "lora_lib_sha256": digest(tensors, samples)})
         settings.write_text(json.dumps(config, indent=2) + "\n")
     return path
 
@@ -84,8 +82,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *,
     """Put the adapter in the folder `path`, saved by PEFT or `save_adapter`, into the model.
 
     A model without adapters is injected as the files say; one with adapters must have the same
-    ones (modules, rank, alpha), whose A and B are replaced. Everything is checked first: on an
-    error the model is as it was. Returns the same model.
+    ones (modules, rank, alpha) and modules to save, whose values are replaced. Everything is
+    checked first: on an error the model is as it was. Returns the same model.
 
     `check_base` compares a few values of the base's weights with those that `save_adapter` noted,
     to the precision of bfloat16, and refuses a base that the adapter was not trained on.
@@ -95,125 +93,80 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *,
     the wrong type, or a module that inject() would refuse.
     """
     path = Path(path)
-    config, (tensors, samples) = _read_config(path / CONFIG), _read_weights(path / WEIGHTS)
-    parts = _pair(tensors, path / WEIGHTS)
-    plan = {name: (_setting(config, "r", "rank_pattern", name),
-                   _setting(config, "lora_alpha", "alpha_pattern", name)) for name in parts}
+    config, (tensors, samples) = read_config(path / CONFIG), read_weights(path / WEIGHTS)
+    parts, whole = sort(tensors, config, path / WEIGHTS)
+    plan = {name: (setting(config, "r", "rank_pattern", name),
+                   setting(config, "lora_alpha", "alpha_pattern", name)) for name in parts}
     rslora = bool(config.get("use_rslora", False))
     present = lora_modules(model)
     if present:
-        _check_present(present, plan, rslora)
+        _check_present(present, plan, rslora, {*saved_modules(model)} ^ {*whole})
     for name, (A, B) in parts.items():
         _check_fit(model, name, A, B, plan[name][0], samples.get(name) if check_base else None)
+    for name, state in whole.items():
+        _check_whole(model, name, state)
+    _check_complete(model, config, {*parts, *whole})
     if not present:
         dropout = config.get("lora_dropout", 0.0)
-        inject_each(model, plan, dropout, use_rslora=rslora)
+        inject_each(model, plan, dropout, modules_to_save=whole, use_rslora=rslora)
     with torch.no_grad():
         for name, layer in lora_modules(model).items():
             layer.A.copy_(parts[name][0])
             layer.B.copy_(parts[name][1])
+    for name, state in whole.items():
+        model.get_submodule(name).load_state_dict(state)
     return model
 
 
-def _read_config(file):
-    try:
-        config = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ValueError(f"{file}: expected peft_type 'LORA'")
-    for key in ("r", "lora_alpha"):
-        if key not in config:
-            raise ValueError(f"{file}: {key!r} is missing")
-    for key in UNSUPPORTED:
-        if config.get(key):
-            raise ValueError(f"{file}: {key} = {config[key]!r} is not supported here")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"{file}: bias = {config['bias']!r} is not supported, expected 'none'")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
-        raise ValueError(f"{file}: init_lora_weights = {init!r} changed the base's weights too; "
-                         "let PEFT convert the adapter (path_initial_model_for_weight_conversion)")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(key) or {}, dict):
-            raise ValueError(f"{file}: {key} must be an object, got {config[key]!r}")
-    return config
-
-
-def _read_weights(file):
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist")
-    try:
-        with safe_open(file, framework="pt") as f:
-            noted = f.metadata() or {}
-            tensors = {key: f.get_tensor(key) for key in f.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or no safetensors file: {error}") from error
-    samples = noted.get("lora_lib_base", "{}")
-    digest = noted.get("lora_lib_sha256")                    # PEFT's own files have none
-    if digest is not None and digest != _digest(tensors, samples):
-        raise ValueError(f"{file} is damaged: its checksum does not fit its contents")
-    return tensors, json.loads(samples)
-
-
-def _digest(tensors, samples):
-    """A checksum of what the file holds; safetensors has none of its own."""
-    digest = hashlib.sha256(samples.encode())
-    for key, t in sorted(tensors.items()):
-        digest.update(f"{key} {t.dtype} {tuple(t.shape)}".encode())
-        digest.update(t.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _pair(tensors, file):
-    """{module path: (A, B)} from PEFT's keys."""
-    halves = {}
-    for key, t in tensors.items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
-        if not match or t.ndim != 2 or not t.is_floating_point():
-            raise ValueError(f"{file}: {key} {tuple(t.shape)} is not the A or B of a linear layer")
-        if not torch.isfinite(t).all():
-            raise ValueError(f"{file}: {key} holds NaN or infinity")
-        halves.setdefault(match[1], {})[match[2]] = t
-    for name, half in halves.items():
-        if len(half) != 2:
-            raise ValueError(f"{file}: {name} has no lora_{'B' if 'A' in half else 'A'}")
-    if not halves:
-        raise ValueError(f"{file} holds no adapter")
-    return {name: (half["A"], half["B"]) for name, half in halves.items()}
-
-
-def _setting(config, key, pattern_key, name):
-    """PEFT's rule: the first pattern that matches the end of the path, else the common value."""
-    for pattern, value in (config.get(pattern_key) or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return value
-        except re.error as error:
-            raise ValueError(f"{pattern_key}: {pattern!r} is no regular expression: "
-                             f"{error}") from error
-    return config[key]
-
-
-def _check_present(present, plan, rslora):
-    if set(present) != set(plan):
-        raise ValueError("the model's adapters and the file's differ in "
-                         f"{sorted(set(present) ^ set(plan))}; remove() the model's first")
+def _check_present(present, plan, rslora, whole):
+    if differ := {*present} ^ {*plan} | whole:
+        raise ValueError("the model's adapters and modules to save and the file's differ in "
+                         f"{sorted(differ)}; remove() the model's first")
     for name, layer in present.items():
         if layer.merged:
             raise ValueError(f"{name}: the adapter in the model is merged; unmerge() it first")
+        if hasattr(layer.A, "full_tensor"):
+            raise ValueError(f"{name} is split over processes: load_adapter() first, then "
+                             "fully_shard()")
         if (layer.rank, layer.alpha, layer.use_rslora) != (*plan[name], rslora):
             raise ValueError(
                 f"{name}: the model has (rank, alpha, use_rslora) = "
                 f"{(layer.rank, layer.alpha, layer.use_rslora)}, the file {(*plan[name], rslora)}")
 
 
-def _check_fit(model, name, A, B, rank, sample):
+def _module(model, name):
     try:
-        module = model.get_submodule(name)
+        return model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"the model has no {name}, which the adapter is for: is it another base? "
                          f"{nearest(model, name)}") from None
+
+
+def _check_whole(model, name, state):
+    expected = {key: tuple(t.shape) for key, t in _module(model, name).state_dict().items()}
+    found = {key: tuple(t.shape) for key, t in state.items()}
+    for key in sorted(expected.keys() | found):
+        if expected.get(key) != found.get(key):
+            raise ValueError(f"modules_to_save: {name}.{key} has shape {found.get(key)} in the "
+                             f"file, expected {expected.get(key)}")
+
+
+def _check_complete(model, config, found):
+    """What else the configuration names in this model, such as the layers of a deeper base."""
+    whole = tuple(config.get("modules_to_save") or ())
+    names = {name for name in base_modules(model) if name.endswith(whole)
+             or not config.get("layers_to_transform")
+             and names_module(config, "target_modules", name)
+             and not names_module(config, "exclude_modules", name)}
+    more = sorted(name for name in names - found
+                  if not any(f"{name}.".startswith(f"{path}.") for path in found))
+    if more:
+        raise ValueError(f"the configuration names {len(more)} modules of this model for which the "
+                         f"file holds nothing, such as {more[0]}: is it another base?")
+
+
+def _check_fit(model, name, A, B, rank, sample):
+    module = _module(model, name)
     adapted = isinstance(module, LoRALinear)
     if not (adapted or is_linear(module)):
         return                                   # inject_each says what is wrong with it
@@ -234,7 +187,7 @@ def _sample(layer, count=8):
     W = (layer.weight if isinstance(layer, LoRALinear) else weight_of(layer)).detach()
     if getattr(layer, "merged", False):
         W = layer.unmerge_weights(W)
-    W = W.flatten()
+    W = full(W).flatten()
     return [float(v) for v in W[torch.linspace(0, W.numel() - 1, count).long()].float()]
 
 
@@ -244,14 +197,27 @@ def _targets(model, layers):
     A name in PEFT's list also stands for each path that ends in it; where that would reach a
     module too many, a regular expression says it exactly.
     """
-    modules = base_modules(model)
+    whole = tuple(f"{name}." for name in saved_modules(model))    # PEFT puts no adapter in these
+    modules = {n for n in base_modules(model) if not f"{n}.".startswith(whole)}
     everywhere = Counter(name.rpartition(".")[2] for name in modules)
     adapted = Counter(name.rpartition(".")[2] for name in layers)
     names = {leaf if adapted[leaf] == everywhere[leaf] else name
              for name in layers for leaf in [name.rpartition(".")[2]]}
-    if any(path.endswith(tuple(f".{name}" for name in names)) for path in modules.keys() - layers):
+    if any(path.endswith(tuple(f".{name}" for name in names)) for path in modules - layers.keys()):
         return "|".join(map(re.escape, layers))
     return sorted(names)
+
+
+def _whole(model, task_type):
+    """The paths of the modules to save. In PEFT's list each stands for all paths that end so."""
+    names = list(saved_modules(model))
+    ends = (*names, *HEADS.get(task_type, ()))
+    more = [n for n in base_modules(model) if n not in names and n.endswith(ends)]
+    if more:
+        raise ValueError(f"PEFT would look for {more} in the file, since it trains whole every "
+                         f"module whose path ends in one of {ends}: name those in modules_to_save "
+                         "too" + (", or leave task_type out" if task_type in HEADS else ""))
+    return names
 
 
 def _commonest(values):

@@ -36,6 +36,11 @@ def weight_of(module: nn.Module) -> Tensor:
     return module.weight.T if is_conv1d(module) else module.weight
 
 
+def full(tensor: Tensor) -> Tensor:
+    """All of a tensor that FSDP has split, for which every process must ask; another as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def write_weight(module: nn.Module, W: Tensor) -> None:
     """Make W (d, k) the module's weight, in place; a quantized layer rounds it."""
     if is_quantized(module):

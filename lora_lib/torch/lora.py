@@ -36,10 +36,10 @@ class LoRALayer(nn.Module):
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating torch.dtype, got {dtype!r}")
         # Drawn in float32 on the CPU, so that a seed means the same A on every device.
-        A = torch.randn(self.rank, in_features, generator=generator_of(seed), dtype=torch.float32)
-        A *= init_std_of(init_std, in_features)
-        self.A = nn.Parameter(A.to(device, dtype))
-        self.B = nn.Parameter(torch.zeros(out_features, self.rank, device=device, dtype=dtype))
+        A = torch.randn(self.rank, in_features, generator=generator_of(seed), dtype=torch.float32,
+                        device="cpu") * init_std_of(init_std, in_features)
+        B = torch.zeros(out_features, self.rank, device=device, dtype=dtype)
+        self.A, self.B = nn.Parameter(A.to(B)), nn.Parameter(B)
 
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
         """h = W x + scaling * B (A x), for each row x. B A is never formed."""
@@ -112,8 +112,9 @@ class LoRALinear(LoRALayer):
     It is kept as it is (its weight is shared, not copied) and frozen. A and B live on its device,
     in `dtype`: by default the weight's, or float32 beside a 16-bit or quantized weight, where small
     steps would round to nothing. `dropout` acts on the adapter's input, while training.
-    Raises TypeError if `linear` is none of these, or computes its weight (a parametrization,
-    weight_norm): merging could not write there. The rest is LoRALayer's.
+    Raises TypeError if `linear` is none of these, computes its weight (a parametrization,
+    weight_norm: merging could not write there), or is sharded already (inject, then fully_shard).
+    The rest is LoRALayer's.
     """
 
     def __init__(self, linear: nn.Module, rank: int = 8, alpha: float = 16.0,
@@ -125,6 +126,9 @@ class LoRALinear(LoRALayer):
                             "parametrization or a hook: remove that first")
         dropout = check_dropout(dropout)
         W = weight_of(linear)
+        if hasattr(W, "full_tensor"):            # FSDP would neither split A and B nor average them
+            raise TypeError("the layer's weight is a DTensor, split over processes already: "
+                            "inject() first, then fully_shard()")
         dtype = dtype or torch.promote_types(W.dtype, torch.float32)
         out_features, in_features = shape_of(linear)
         super().__init__(in_features, out_features, rank, alpha, dtype=dtype, device=W.device,

@@ -20,7 +20,8 @@ def measure_memory(model: nn.Module, inputs: Tensor, labels: Tensor, *,
                    loss: Callable[..., Tensor] = cross_entropy) -> MeasuredMemory:
     """Take one training step with AdamW and count the bytes of what it holds.
 
-    weights, gradients   of the model's parameters, each storage once (a tied weight is one)
+    weights              parameters and buffers (a quantized weight), each storage once
+    gradients            of the parameters, each storage once (a tied weight is one)
     optimizer            AdamW's two moments, without its step counters of 4 bytes a tensor
     activations          every storage that autograd saves in the forward pass and that is not a
                          parameter, a buffer, the batch itself, or a single number
@@ -53,7 +54,7 @@ def measure_memory(model: nn.Module, inputs: Tensor, labels: Tensor, *,
     gradients = [p.grad for p in trainable if p.grad is not None]
     moments = [t for state in optimizer.state.values() for key, t in state.items() if key != "step"]
     measured = MeasuredMemory(
-        weights=sum(_storages(model.parameters()).values()),
+        weights=sum(_storages([*model.parameters(), *model.buffers()]).values()),
         gradients=sum(_storages(gradients).values()),
         optimizer=sum(_storages(moments).values()),
         activations=sum(activations.values()),

@@ -234,3 +234,11 @@ def test_arguments_that_cannot_be_are_refused(base, llama):
         check(model, allow={"noise"})
     with pytest.raises(ValueError, match="base must have .* got none of that name"):
         check(model, base=nn.Linear(3, 3))
+
+
+def test_a_module_to_save_is_no_base(base):
+    model = inject(copy.deepcopy(base), ["q_proj"], rank=2, modules_to_save=["lm_head"])
+    assert check(model, adamw(model), base=base, stage="start") == []
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    assert check(model, adamw(model), base=base, stage="start") == []

@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_lib.torch import (LoRALinear, inject, load_adapter, lora_modules, lora_parameters,
                             lora_state_dict, merge, remove, save_adapter, unmerge)
-from lora_lib.torch.inject import inject_each
+from lora_lib.torch.inject import inject_each, saved_modules
 from tests.torch.conftest import randomize, x
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -228,11 +228,10 @@ class TestPEFT:
         ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias = 'all'"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "'pissa' changed the base"),
         ({"init_lora_weights": "pissa_niter_2"}, "'pissa_niter_2' changed the base"),
         ({"init_lora_weights": "olora"}, "'olora' changed the base"),
-        ({"target_modules": ["embed_tokens"]}, "not the A or B of a linear layer"),
+        ({"target_modules": ["embed_tokens"]}, "names model.embed_tokens, an nn.Embedding"),
     ], ids=str)
     def test_what_ours_would_compute_otherwise_is_refused(self, options, message, llama, tmp_path,
                                                           unchanged):
@@ -261,6 +260,112 @@ class TestPEFT:
         model = Toy()
         with unchanged(model), pytest.raises(ValueError, match="peft_type 'LORA'"):
             load_adapter(model, saved)
+
+
+class Normed(Toy):
+    """A head of several parts, one with buffers."""
+
+    def __init__(self, seed=0, classes=3):
+        super().__init__(seed)
+        self.head = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, classes))
+
+    def forward(self, x):
+        return self.head(super().forward(x))
+
+
+def whole(seed=0):
+    """Adapters and a head that have been changed, buffers too."""
+    model = inject(Normed(), ["block.fc"], 2, 3.0, modules_to_save=["head"])
+    randomize(model, seed)
+    model.head[1].running_mean += 1
+    model.head[1].num_batches_tracked += 7
+    return model.eval()
+
+
+class TestModulesToSave:
+    @pytest.fixture
+    def saved(self, tmp_path):
+        return save_adapter(whole(), tmp_path / "adapter")
+
+    @pytest.mark.parametrize("make", [Normed, lambda: whole(seed=5)])
+    def test_into_a_fresh_model_and_over_another(self, make, saved):
+        model = load_adapter(make(), saved).eval()
+        assert torch.equal(model(x()), whole()(x())) and list(saved_modules(model)) == ["head"]
+        for key, t in model.head.state_dict().items():
+            assert torch.equal(t, whole().head.state_dict()[key])
+        assert torch.equal(remove(model)(x()), Normed().eval()(x()))
+
+    def test_ours_in_peft_and_back(self, saved, tmp_path):
+        from peft import PeftModel
+
+        theirs = PeftModel.from_pretrained(Normed(), saved).eval()
+        torch.testing.assert_close(theirs(x()), whole()(x()))
+        assert config_of(saved)["modules_to_save"] == ["head"]
+        theirs.save_pretrained(tmp_path / "theirs")
+        assert torch.equal(load_adapter(Normed(), tmp_path / "theirs").eval()(x()), whole()(x()))
+
+    @pytest.mark.parametrize("change, message", [
+        (lambda t: t.pop("base_model.model.head.1.running_mean"),
+         r"modules_to_save: head.1.running_mean has shape None in the file, expected \(4,\)"),
+        (lambda t: t.update({"base_model.model.head.3.weight": torch.ones(2)}),
+         r"head.3.weight has shape \(2,\) in the file, expected None"),
+        (lambda t: t["base_model.model.head.0.weight"][0].fill_(float("nan")), "NaN or infinity"),
+        (lambda t: [t.pop(key) for key in list(t) if ".head." in key],
+         r"names 1 modules .* the file holds nothing, such as head|differ in \['head'\]"),
+        (lambda t: t.update({"base_model.model.out.weight": torch.ones(4, 6)}),
+         r"out.weight \(4, 6\) is not the A or B.*nor of modules_to_save = \['head'\]"),
+    ])
+    def test_a_file_that_does_not_fit(self, change, message, saved, unchanged):
+        rewrite(saved, lambda tensors: (change(tensors), None)[1])
+        for model in (Normed(), whole(seed=5)):
+            with unchanged(model), pytest.raises(ValueError, match=message):
+                load_adapter(model, saved)
+
+    @pytest.mark.parametrize("make, message", [
+        (lambda: Normed(classes=2), r"head.2.bias has shape \(3,\) in the file, expected \(2,\)"),
+        (Toy, "the model has no head"),
+        (lambda: inject(Normed(), ["block.fc"], 2, 3.0), r"differ in \['head'\]"),
+    ])
+    def test_a_model_that_does_not_fit(self, make, message, saved, unchanged):
+        model = make()
+        with unchanged(model), pytest.raises(ValueError, match=message):
+            load_adapter(model, saved)
+
+    def test_the_list_must_be_one(self, saved, unchanged):
+        edit(saved, modules_to_save="head")
+        model = Normed()
+        with unchanged(model), pytest.raises(ValueError, match="must be a list of names"):
+            load_adapter(model, saved)
+
+    def test_names_that_peft_would_read_otherwise(self, tmp_path):
+        model = inject(Toy(), ["out"], rank=2, modules_to_save=["fc"])
+        assert list(saved_modules(model)) == ["fc", "block.fc"]
+        save_adapter(model, tmp_path)
+        model = inject_each(Toy(), {"out": (2, 1.0)}, modules_to_save=["fc"])
+        with pytest.raises(ValueError, match=r"look for \['block.fc'\] .*too"):
+            save_adapter(model, tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+
+    def test_a_task_type_whose_head_peft_wants(self, tmp_path):
+        model = Toy()
+        model.classifier = nn.Linear(4, 2)
+        inject(model, ["fc"], rank=2)
+        with pytest.raises(ValueError, match=r"\['classifier'\].*leave task_type out"):
+            save_adapter(model, tmp_path / "new", task_type="SEQ_CLS")
+        save_adapter(model, tmp_path / "new")
+        inject(model, ["out"], rank=2, modules_to_save=["classifier"])
+        save_adapter(model, tmp_path / "new", task_type="SEQ_CLS")
+
+    def test_weights_tied_inside_a_module(self, tmp_path):
+        model = Normed()
+        model.head[2] = nn.Linear(4, 4)
+        model.head[2].weight = model.head[0].weight
+        randomize(inject(model, ["block.fc"], rank=2, modules_to_save=["head"])).eval()
+        fresh = Normed()
+        fresh.head[2] = nn.Linear(4, 4)
+        fresh.head[2].weight = fresh.head[0].weight
+        loaded = load_adapter(fresh, save_adapter(model, tmp_path)).eval()
+        assert torch.equal(loaded(x()), model(x()))
 
 
 class TestBase:
@@ -293,6 +398,15 @@ class TestBase:
         message = r"block.fc: .*\(2, 6\).*expected \(2, 8\)"
         with unchanged(model), pytest.raises(ValueError, match=message):
             load_adapter(model, saved)
+
+    def test_a_deeper_base(self, unchanged, tmp_path):
+        model = adapted(["fc", "block.fc", "1"])               # "fc" in the file stands for two
+        save_adapter(model, tmp_path)
+        deeper = Toy()
+        deeper.more = nn.ModuleDict({"fc": nn.Linear(6, 6)})
+        message = "names 1 modules of this model.*such as more.fc: is it another base"
+        with unchanged(deeper), pytest.raises(ValueError, match=message):
+            load_adapter(deeper, tmp_path)
 
     def test_another_architecture(self, saved, unchanged):
         model = nn.Sequential(nn.Linear(6, 6))

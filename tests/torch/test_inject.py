@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_lib.torch import (LoRALinear, inject, lora_modules, lora_parameters, lora_state_dict,
                             merge, remove, unmerge)
+from lora_lib.torch.inject import inject_each, saved_modules
 from tests.torch.conftest import randomize, x
 
 X = x(torch.float64)
@@ -256,6 +257,123 @@ class TestRemove:
         layer = LoRALinear(nn.Linear(6, 5), rank=2)
         with unchanged(layer), pytest.raises(ValueError, match="itself a LoRALinear"):
             function(layer)
+
+
+def trained(model, steps=3):
+    """The model after some steps on all that lora_parameters gives."""
+    optimizer = torch.optim.SGD(lora_parameters(model), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+class TestModulesToSave:
+    @pytest.mark.parametrize("names, whole", [
+        (["head"], ["head"]), ("head", ["head"]), (["proj", "head"], ["proj", "head"]),
+        (["norm"], ["layers.0.norm", "layers.1.norm"]), (["proj", "proj.0"], ["proj"]),
+        (r"layers\.\d\.norm", ["layers.0.norm", "layers.1.norm"]), ([], []), (None, []),
+    ])
+    def test_named_as_targets_are(self, names, whole):
+        model = inject(Toy(), "q_proj", rank=2, modules_to_save=names)
+        assert list(saved_modules(model)) == whole
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert trained == {f"{n}.{part}" for n in QV[::2] for part in "AB"} | {
+            f"{n}.{key}" for n in whole for key in model.get_submodule(n).state_dict()}
+        assert ({id(p) for p in lora_parameters(model)}
+                == {id(p) for p in model.parameters() if p.requires_grad})
+
+    def test_a_target_inside_one_gets_no_adapter(self):
+        model = inject(Toy(), "all-linear", rank=2, modules_to_save=["proj", "head"])
+        assert list(lora_modules(model)) == QV
+
+    def test_it_is_trained_and_in_the_state_dict(self):
+        model, base = trained(inject(Toy(), "q_proj", rank=2, modules_to_save=["head"])), Toy()
+        assert not torch.equal(model.head.weight, base.head.weight)
+        assert torch.equal(model.proj[0].weight, base.proj[0].weight)
+        state = lora_state_dict(model)
+        assert torch.equal(state["base_model.model.head.bias"], model.head.bias)
+        assert len(state) == 6 and not any("before_lora" in key for key in model.state_dict())
+
+    def test_remove_gives_the_base_back(self):
+        base = Toy().state_dict()
+        model = inject(Toy(), "q_proj", rank=2, modules_to_save=["head"])
+        model = remove(copy.deepcopy(trained(model)))
+        assert model.state_dict().keys() == base.keys() and not saved_modules(model)
+        assert all(torch.equal(t, base[key]) for key, t in model.state_dict().items())
+        assert not any(p.requires_grad for p in model.parameters())
+
+    def test_merge_keeps_what_it_learned(self):
+        model = trained(inject(Toy(), "q_proj", rank=2, modules_to_save=["head"]))
+        before, head = model(X), model.head.weight.clone()
+        assert list(saved_modules(unmerge(merge(model, keep_adapters=True)))) == ["head"]
+        merge(model)
+        torch.testing.assert_close(model(X), before, rtol=1e-12, atol=1e-12)
+        assert torch.equal(model.head.weight, head) and not saved_modules(model)
+        assert not any(p.requires_grad for p in model.parameters())
+
+    def test_a_second_injection_keeps_the_first_values(self):
+        model = trained(inject(Toy(), "q_proj", rank=2, modules_to_save=["head"]))
+        inject(model, "v_proj", rank=2, modules_to_save=["head", "norm"])
+        assert list(saved_modules(model)) == ["layers.0.norm", "layers.1.norm", "head"]
+        assert all(p.requires_grad for p in lora_parameters(model))
+        assert torch.equal(remove(model).head.weight, Toy().head.weight)
+
+    def test_a_part_of_one_that_is_there_is_in_it(self):
+        model = inject(Toy(), "q_proj", rank=2, modules_to_save=["proj"])
+        inject(model, "v_proj", rank=2, modules_to_save=["proj.0"])
+        assert list(saved_modules(model)) == ["proj"]
+
+    def test_the_same_training_as_in_peft(self):
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["head"])
+        theirs = get_peft_model(Toy(), config)
+        ours = inject(Toy(), "q_proj", rank=2, alpha=8, modules_to_save=["head"])
+        with torch.no_grad():
+            for name, layer in lora_modules(ours).items():
+                layer.A.copy_(theirs.base_model.model.get_submodule(name).lora_A.default.weight)
+        optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            theirs(X).square().mean().backward()
+            optimizer.step()
+        torch.testing.assert_close(trained(ours)(X), theirs(X), rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("make, names, error, message", [
+        (Toy, ["haed"], ValueError, "modules_to_save: nothing.*'haed'.*nearest.*'head'"),
+        (Toy, [3], TypeError, "modules_to_save must be a name"),
+        (Toy, ["q_proj"], ValueError, "names only modules that modules_to_save"),
+        (Toy, ["layers.0", "layers.1"], ValueError, "names only modules"),
+        (Toy, ["proj.1"], TypeError, "proj.1 is a ReLU without.*nothing to train"),
+        (lambda: inject(Toy(), "head", rank=2), ["head"], ValueError, "head holds an adapter"),
+        (lambda: inject(Toy(), "proj.0", rank=2), ["proj"], ValueError, "proj holds an adapter"),
+        (lambda: inject(Toy(), "head", rank=2, modules_to_save=["proj.0"]), ["proj"], ValueError,
+         "proj holds .* a module to save already"),
+    ])
+    def test_errors(self, make, names, error, message, unchanged):
+        model = make()
+        with unchanged(model), pytest.raises(error, match=message):
+            inject(model, "q_proj", rank=2, modules_to_save=names)
+
+    def test_an_error_on_the_way_leaves_no_mark(self, unchanged):
+        model = Toy()
+        with unchanged(model), pytest.raises(ValueError, match="got 99"):
+            inject(model, "v_proj", rank=99, modules_to_save=["norm"])
+        assert not saved_modules(model)
+
+    def test_a_tied_one_is_refused(self, llama, unchanged):
+        model = llama(tied=True)
+        with unchanged(model), pytest.raises(ValueError, match="lm_head shares its weight.*embed"):
+            inject(model, ["q_proj"], rank=2, modules_to_save=["lm_head"])
+
+    def test_no_adapter_inside_one_that_is_there(self, unchanged):
+        model = inject(Toy(), "q_proj", rank=2, modules_to_save=["proj"])
+        for function in (lambda: inject(model, "proj.0", rank=2),
+                         lambda: inject_each(Toy(), {"head": (2, 1)}, modules_to_save=["head"])):
+            with unchanged(model), pytest.raises(ValueError, match="is trained whole"):
+                function()
 
 
 def shared_parameter():

@@ -1,0 +1,138 @@
+"""PEFT's adapter folder: its two files, read and checked, and its rules for the names in them."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# Settings of PEFT's that change what the adapter computes and that this library has no code for.
+UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "trainable_token_indices",
+               "layer_replication", "target_parameters", "alora_invocation_tokens", "arrow_config",
+               "kasa_config", "monteclora_config")
+
+# Initializations of PEFT's that change the base's weights too: the adapter alone is not enough.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+PREFIX = "base_model.model."
+
+
+def read_config(file: Path) -> dict:
+    """The settings in `file`, or ValueError for what is damaged, or not supported here."""
+    try:
+        config = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ValueError(f"{file}: expected peft_type 'LORA'")
+    for key in ("r", "lora_alpha"):
+        if key not in config:
+            raise ValueError(f"{file}: {key!r} is missing")
+    for key in UNSUPPORTED:
+        if config.get(key):
+            raise ValueError(f"{file}: {key} = {config[key]!r} is not supported here")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{file}: bias = {config['bias']!r} is not supported, expected 'none'")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
+        raise ValueError(f"{file}: init_lora_weights = {init!r} changed the base's weights too; "
+                         "let PEFT convert the adapter (path_initial_model_for_weight_conversion)")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise ValueError(f"{file}: {key} must be an object, got {config[key]!r}")
+    for key, kinds in {"modules_to_save": list, "target_modules": (list, str),
+                       "exclude_modules": (list, str)}.items():
+        value = config.get(key) or []
+        if not isinstance(value, kinds) or not all(isinstance(v, str) for v in value):
+            raise ValueError(f"{file}: {key} must be a list of names, got {value!r}")
+    return config
+
+
+def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+    """The tensors in `file`, and what `save_adapter` noted of the base, or ValueError."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist")
+    try:
+        with safe_open(file, framework="pt") as f:
+            noted = f.metadata() or {}
+            tensors = {key: f.get_tensor(key) for key in f.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or no safetensors file: {error}") from error
+    samples = noted.get("lora_lib_base", "{}")
+    expected = noted.get("lora_lib_sha256")            # PEFT's own files have none
+    if expected is not None and expected != digest(tensors, samples):
+        raise ValueError(f"{file} is damaged: its checksum does not fit its contents")
+    return tensors, json.loads(samples)
+
+
+def digest(tensors: dict[str, Tensor], samples: str) -> str:
+    """A checksum of what the file holds; safetensors has none of its own."""
+    total = hashlib.sha256(samples.encode())
+    for key, t in sorted(tensors.items()):
+        total.update(f"{key} {t.dtype} {tuple(t.shape)}".encode())
+        total.update(t.flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def sort(tensors: dict[str, Tensor], config: dict, file: Path) -> tuple[dict, dict]:
+    """PEFT's keys in two: {module path: (A, B)}, and {path of a module to save: its state}.
+
+    Raises ValueError for a key that is neither, and for NaN or infinity.
+    """
+    halves, whole = {}, {}
+    for key, t in tensors.items():
+        if t.is_floating_point() and not torch.isfinite(t).all():
+            raise ValueError(f"{file}: {key} holds NaN or infinity")
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
+        if match and t.ndim == 2 and t.is_floating_point():
+            halves.setdefault(match[1], {})[match[2]] = t
+        elif name := _owner(key, config):
+            whole.setdefault(name, {})[key.removeprefix(f"{PREFIX}{name}.")] = t
+        elif ".lora_embedding_" in key or key.endswith(".base_layer.weight"):
+            name = re.split(r"\.lora_embedding_|\.base_layer", key.removeprefix(PREFIX))[0]
+            raise ValueError(f"{file}: target_modules names {name}, an nn.Embedding; here only a "
+                             "linear layer can have an adapter")
+        else:
+            raise ValueError(f"{file}: {key} {tuple(t.shape)} is not the A or B of a linear layer, "
+                             f"nor of modules_to_save = {config.get('modules_to_save')}")
+    for name, half in halves.items():
+        if len(half) != 2:
+            raise ValueError(f"{file}: {name} has no lora_{'B' if 'A' in half else 'A'}")
+    if not halves:
+        raise ValueError(f"{file} holds no adapter")
+    return {name: (half["A"], half["B"]) for name, half in halves.items()}, whole
+
+
+def _owner(key, config):
+    """The path of the module to save that `key` is in: the first to end in one of the names."""
+    path = key.removeprefix(PREFIX).split(".")
+    paths = (".".join(path[:i]) for i in range(1, len(path)))
+    return next((p for p in paths if p.endswith(tuple(config.get("modules_to_save") or ()))), None)
+
+
+def setting(config: dict, key: str, pattern_key: str, name: str):
+    """PEFT's rule: the first pattern that matches the end of the path, else the common value."""
+    for pattern, value in (config.get(pattern_key) or {}).items():
+        if _matches(rf"(.*\.)?({pattern})", name, f"{pattern_key}: {pattern!r}"):
+            return value
+    return config[key]
+
+
+def names_module(config: dict, key: str, name: str) -> bool:
+    """PEFT's rule: a string is a regular expression of whole paths, a list holds their ends."""
+    names = config.get(key) or ()
+    if isinstance(names, str):
+        return _matches(names, name, f"{key}: {names!r}")
+    return any(name == end or name.endswith(f".{end}") for end in names)
+
+
+def _matches(pattern, name, what):
+    try:
+        return bool(re.fullmatch(pattern, name))
+    except re.error as error:
+        raise ValueError(f"{what} is no regular expression: {error}") from error
