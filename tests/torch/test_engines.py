@@ -1,0 +1,25 @@
+"""The page on Trainer, accelerate and DDP runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).resolve().parents[2] / "book" / "engines.md"
+
+
+def test_the_blocks_of_the_page_run_in_order(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("accelerate")
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf8"), re.DOTALL)
+    whole = [block for block in blocks if "\n...\n" not in block]   # FSDP wants two processes
+    assert len(whole) == len(blocks) - 1 == 3
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "page"}
+    for block in whole:
+        exec(block, names)
+    said = capsys.readouterr().out
+    before, after = (float(re.search(rf"{word} +([\d.]+)", said)[1]) for word in ("before", "after"))
+    assert after < 0.9 * before
+    full, sent = (int(n.replace(",", "")) for n in re.search(r": ([\d,]+) .*: ([\d,]+)", said).groups())
+    assert sent < full / 2
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
