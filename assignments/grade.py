@@ -2,8 +2,8 @@
 
     python assignments/grade.py SUBMISSIONS
 
-Writes to assignments/: marks.csv, feedback/LEARNER.html, and nbgrader's own submitted/, autograded/,
-feedback/ and gradebook.db. A second run grades only what has changed since.
+Writes to assignments/: marks.csv, feedback/LEARNER.html, and nbgrader's own submitted/,
+autograded/, feedback/ and gradebook.db. A second run grades only what has changed since.
 """
 
 import argparse

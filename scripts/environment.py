@@ -1,7 +1,7 @@
 """Run the chapters with other versions of the packages, such as Colab's.
 
-    python scripts/environment.py colab                     make .environments/colab, run every chapter
-    python scripts/environment.py oldest 01 04              the oldest versions allowed, two chapters
+    python scripts/environment.py colab              make .environments/colab, run every chapter
+    python scripts/environment.py oldest 01 04       the oldest versions allowed, two chapters
     python scripts/environment.py colab --python python3.13
 
 environments/NAME.txt has the versions. The library is installed as a chapter's first cell does it
@@ -10,6 +10,7 @@ not compared, since other versions print other last digits: every cell must run,
 """
 
 import argparse
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 import notebooks
 
 ROOT = notebooks.ROOT
+PIP = re.compile(r"%pip (install -q --no-deps [^\"\\+]+)(?=\\n|\")")   # not lora_lib's own line
 RUN = """
 import sys, nbformat
 from nbclient import NotebookClient
@@ -42,12 +44,15 @@ def make(name: str, python: str) -> Path:
 def install(inside: Path) -> float:
     """Install lora_lib as in Colab; the seconds. Raises RuntimeError if a package has changed."""
     before = packages(inside)
+    extra = {line for chapter in notebooks.chapters() for line in PIP.findall(chapter.read_text())}
     start = time.perf_counter()
     # build isolation fetches setuptools, as in Colab
     subprocess.run([inside, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall",
                     str(ROOT)], check=True)
     seconds = time.perf_counter() - start
-    changed = {line for line in before ^ packages(inside) if not line.startswith("lora")}
+    for line in sorted(extra):                       # what a chapter needs beside it
+        subprocess.run([inside, "-m", "pip", *line.split()], check=True)
+    changed = before - packages(inside) - {line for line in before if line.startswith("lora")}
     if changed:
         raise RuntimeError(f"installing lora_lib changed {sorted(changed)}")
     return seconds
@@ -85,7 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
     for chapter in chapters:
         seconds, error = run(inside, chapter)
         failed += bool(error)
-        print(f"{chapter.name:32}{seconds:6.1f} s  {'FAILED' if error else 'ran'}", flush=True)
+        how = "FAILED" if error else "ran"
+        print(f"{chapter.name:32}{seconds:6.1f} s  {how}", flush=True)
         if error:
             print(error[-3000:], file=sys.stderr)
     return 1 if failed else 0

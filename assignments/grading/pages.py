@@ -13,9 +13,10 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{learner}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 50rem; margin: 2rem auto; padding: 0 1rem; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 50rem; margin: 2rem auto; }}
 table {{ border-collapse: collapse; width: 100%; }}
-td, th {{ border-bottom: 1px solid #ccc; padding: .4rem .6rem; text-align: left; vertical-align: top; }}
+td, th {{ border-bottom: 1px solid #ccc; padding: .4rem .6rem; }}
+td, th {{ text-align: left; vertical-align: top; }}
 td:nth-child(2) {{ white-space: nowrap; }}
 </style></head><body>
 <h1>Feedback for {learner}</h1>

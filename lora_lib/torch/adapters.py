@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lib.torch.checkpoint import load_adapter, save_adapter
-from lora_lib.torch.inject import (_replace, inject, lora_modules, lora_state_dict, remove,
+from lora_lib.torch.inject import (replace_module, inject, lora_modules, lora_state_dict, remove,
                                    saved_modules)
 from lora_lib.torch.linear import write_weight
 from lora_lib.torch.lora import LoRALinear
@@ -229,12 +229,12 @@ class Adapters:
     def _put(self, layers):
         """Make `layers` the adapters in the model: references change, no number does."""
         for path, layer in lora_modules(self.model).items():
-            _replace(self.model, path, layer.linear)
+            replace_module(self.model, path, layer.linear)
         for path, layer in layers.items():
             # While it was out, the model may have moved, or changed to eval().
             layer.to(_device(layer.linear))
             layer.train(layer.linear.training)
-            _replace(self.model, path, layer)
+            replace_module(self.model, path, layer)
         self._installed = layers
 
     @torch.no_grad()

@@ -30,8 +30,8 @@ def inject(model: nn.Module, target_modules: str | list[str], rank: int = 8, alp
     nn.Linear, or its weight is computed, or a module to save has nothing to train.
     """
     check_bare(model)
-    whole = _find(model, modules_to_save, "modules_to_save") if modules_to_save else []
-    names = [name for name in _find(model, target_modules) if not _within(name, whole)]
+    whole = find_targets(model, modules_to_save, "modules_to_save") if modules_to_save else []
+    names = [name for name in find_targets(model, target_modules) if not _within(name, whole)]
     if not names:
         raise ValueError(f"target_modules={target_modules!r} names only modules that "
                          f"modules_to_save={modules_to_save!r} trains whole")
@@ -48,7 +48,7 @@ def inject_each(model: nn.Module, plan: dict[str, tuple[int, float]], dropout: f
     all_whole = {*modules_to_save, *saved_modules(model)}
     whole = [name for name in modules_to_save if not _within(name, all_whole - {name})]
     for name in plan:
-        _check_target(model, name, all_whole)
+        check_target(model, name, all_whole)
     for name in whole:
         _check_whole(model, name)
     seed = generator_of(seed)                      # one generator: each A is another draw
@@ -69,7 +69,7 @@ def inject_each(model: nn.Module, plan: dict[str, tuple[int, float]], dropout: f
             raise type(error)(f"{name}: {error}") from error
         raise
     for name, adapter in adapters.items():
-        _replace(model, name, adapter)
+        replace_module(model, name, adapter)
     for name, state in before.items():
         # The marker of a module to save: what it was, for remove(). It is not in the state dict.
         model.get_submodule(name).before_lora = state
@@ -133,7 +133,7 @@ def merge(model: nn.Module, *, keep_adapters: bool = False) -> nn.Module:
     for name, layer in layers.items():
         layer.merge()
         if not keep_adapters:
-            _replace(model, name, layer.linear)
+            replace_module(model, name, layer.linear)
     if not keep_adapters:
         for module in saved_modules(model).values():
             del module.requires_grad_(False).before_lora
@@ -161,7 +161,7 @@ def remove(model: nn.Module) -> nn.Module:
     layers = _adapted(model)
     _rehearse(layers, merged=False)
     for name, layer in layers.items():
-        _replace(model, name, layer.unmerge().linear)
+        replace_module(model, name, layer.unmerge().linear)
     for module in saved_modules(model).values():
         module.requires_grad_(False).load_state_dict(module.before_lora)
         del module.before_lora
@@ -189,7 +189,8 @@ def _rehearse(layers, merged):
                 raise ValueError(f"{name}: {error}") from error
 
 
-def _replace(model, name, module):
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the one at the path `name`."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
@@ -205,7 +206,7 @@ def _within(name, paths):
     return any(f"{name}.".startswith(f"{path}.") for path in paths)
 
 
-def _find(model, target_modules, argument="target_modules"):
+def find_targets(model, target_modules, argument="target_modules"):
     """The paths that `target_modules` names, in the model's order."""
     modules = base_modules(model)
     if target_modules == "all-linear":
@@ -252,7 +253,11 @@ def nearest(model: nn.Module, name: str) -> str:
     return f"the nearest linear layers are {close}" if close else "it has no linear layer"
 
 
-def _check_target(model, name, whole):
+def check_target(model: nn.Module, name: str, whole: Collection[str]) -> None:
+    """Raise ValueError or TypeError, naming the module and why, unless it can have an adapter.
+
+    `whole` holds the paths of the modules that are trained whole.
+    """
     module = model.get_submodule(name)
     if _within(name, whole):
         raise ValueError(f"{name} is trained whole (modules_to_save), and needs no adapter")

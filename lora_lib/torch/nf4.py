@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lib.torch.inject import _check_target, _find, _replace, saved_modules
+from lora_lib.torch.inject import check_target, find_targets, replace_module, saved_modules
 from lora_lib.torch.linear import is_linear, is_quantized, shape_of, weight_of
 from lora_lib.torch.lora import LoRALinear
 
@@ -192,15 +192,15 @@ def quantize(model: nn.Module, target_modules: str | list[str] = "all-linear", b
     TypeError when a target is not a linear layer, or is quantized already.
     """
     layers = {}
-    for name in _find(model, target_modules):
+    for name in find_targets(model, target_modules):
         linear = model.get_submodule(name)
         if isinstance(linear, LoRALinear):
             raise ValueError(f"{name} has an adapter: quantize() the base first, then inject()")
-        _check_target(model, name, saved_modules(model))
+        check_target(model, name, saved_modules(model))
         try:
             layers[name] = NF4Linear(linear, block, double)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
     for name, layer in layers.items():
-        _replace(model, name, layer)
+        replace_module(model, name, layer)
     return model

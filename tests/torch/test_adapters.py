@@ -443,8 +443,8 @@ class TestErrors:
 
 
 # ------------------------------------------------------------------------------ against PEFT
-TARGETS = {"a": (["q_proj", "v_proj"], 4, 8), "b": (["q_proj", "down_proj"], 2, 6),
-           "c": (["gate_proj", "k_proj"], 4, 4), "d": (["q_proj", "v_proj"], 4, 1)}
+TARGETS = {"w": (["q_proj", "v_proj"], 4, 8), "x": (["q_proj", "down_proj"], 2, 6),
+           "y": (["gate_proj", "k_proj"], 4, 4), "z": (["q_proj", "v_proj"], 4, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -458,9 +458,9 @@ def both(peft, llama, tmp_path):
     def config(targets, r, alpha, rslora=False):
         return peft.LoraConfig(target_modules=targets, r=r, lora_alpha=alpha, use_rslora=rslora)
 
-    theirs = peft.get_peft_model(llama(), config(*TARGETS["a"]), adapter_name="a")
-    for name in "bcd":
-        theirs.add_adapter(name, config(*TARGETS[name], rslora=name == "b"))
+    theirs = peft.get_peft_model(llama(), config(*TARGETS["w"]), adapter_name="w")
+    for name in "xyz":
+        theirs.add_adapter(name, config(*TARGETS[name], rslora=name == "x"))
     generator = torch.Generator().manual_seed(3)
     for name, p in theirs.named_parameters():
         if "lora_" in name:
@@ -484,11 +484,12 @@ def close(ours, theirs):
     torch.testing.assert_close(logits(ours.model), logits(theirs), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 class TestAgainstPEFT:
     def test_set_adapter_and_disable_adapter(self, both):
         theirs, ours = both
         seen = []
-        for name in (*TARGETS, "a"):
+        for name in (*TARGETS, "w"):
             theirs.set_adapter(name)
             ours.activate(name)
             close(ours, theirs)
@@ -498,8 +499,8 @@ class TestAgainstPEFT:
         with theirs.disable_adapter():
             close(ours, theirs)
 
-    @pytest.mark.parametrize("selection", [{"a": 1, "b": 1}, {"a": 0.5, "b": -1.5}, {"d": 0.3},
-                                           {"a": 1, "b": 0.7, "c": 2, "d": 1}], ids=str)
+    @pytest.mark.parametrize("selection", [{"w": 1, "x": 1}, {"w": 0.5, "x": -1.5}, {"z": 0.3},
+                                           {"w": 1, "x": 0.7, "y": 2, "z": 1}], ids=str)
     def test_weighted_cat(self, both, selection):
         theirs, ours = both
         theirs.add_weighted_adapter([*selection], [*selection.values()], "sum",
@@ -513,7 +514,7 @@ class TestAgainstPEFT:
     def test_weighted_linear_where_it_is_the_sum(self, both):
         """It adds A to A and B to B: on modules that only one of them has, that is the sum."""
         theirs, ours = both
-        for names, equal in ((["a", "c"], True), (["a", "d"], False)):
+        for names, equal in ((["w", "y"], True), (["w", "z"], False)):
             theirs.add_weighted_adapter(names, [0.5, 2.0], "".join(names),
                                         combination_type="linear")
             theirs.set_adapter("".join(names))
@@ -522,8 +523,8 @@ class TestAgainstPEFT:
 
     def test_merge_adapter(self, both):
         theirs, ours = both
-        theirs.merge_adapter(["a", "b"])
-        ours.merge({"a": 1, "b": 1})
+        theirs.merge_adapter(["w", "x"])
+        ours.merge({"w": 1, "x": 1})
         close(ours, theirs)
         named = dict(ours.model.named_parameters())
         for name, p in theirs.get_base_model().named_parameters():
@@ -532,13 +533,13 @@ class TestAgainstPEFT:
 
     def test_peft_loads_what_was_saved_here(self, both, peft, llama, tmp_path):
         _, ours = both
-        folders = {"a": ours.save("a", tmp_path / "one"),
-                   "sum": ours.save({"a": 1, "b": -0.5, "c": 2}, tmp_path / "sum")}
-        theirs = peft.PeftModel.from_pretrained(llama(), folders["a"], adapter_name="a")
+        folders = {"w": ours.save("w", tmp_path / "one"),
+                   "sum": ours.save({"w": 1, "x": -0.5, "y": 2}, tmp_path / "sum")}
+        theirs = peft.PeftModel.from_pretrained(llama(), folders["w"], adapter_name="w")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             theirs.load_adapter(folders["sum"], adapter_name="sum")
-        for name, selection in (("a", "a"), ("sum", {"a": 1, "b": -0.5, "c": 2})):
+        for name, selection in (("w", "w"), ("sum", {"w": 1, "x": -0.5, "y": 2})):
             theirs.set_adapter(name)
             ours.activate(selection)
             close(ours, theirs.eval())
