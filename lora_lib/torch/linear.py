@@ -47,3 +47,10 @@ def write_weight(module: nn.Module, W: Tensor) -> None:
         module.quantize_(W)
     else:
         weight_of(module).data.copy_(W)
+
+
+def stored_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What holds the model's weights, by name: its parameters, and the bits of quantized layers."""
+    bits = {f"{name}.{key}": b for name, m in model.named_modules() if is_quantized(m)
+            for key, b in m.named_buffers()}
+    return dict(model.named_parameters()) | bits

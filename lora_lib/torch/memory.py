@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lib.costs import Memory
+from lora_lib.torch.linear import stored_weights
 from lora_lib.torch.training import cross_entropy
 
 
@@ -20,7 +21,7 @@ def measure_memory(model: nn.Module, inputs: Tensor, labels: Tensor, *,
                    loss: Callable[..., Tensor] = cross_entropy) -> MeasuredMemory:
     """Take one training step with AdamW and count the bytes of what it holds.
 
-    weights              parameters and buffers (a quantized weight), each storage once
+    weights              parameters and quantized weights, each storage once
     gradients            of the parameters, each storage once (a tied weight is one)
     optimizer            AdamW's two moments, without its step counters of 4 bytes a tensor
     activations          every storage that autograd saves in the forward pass and that is not a
@@ -54,7 +55,7 @@ def measure_memory(model: nn.Module, inputs: Tensor, labels: Tensor, *,
     gradients = [p.grad for p in trainable if p.grad is not None]
     moments = [t for state in optimizer.state.values() for key, t in state.items() if key != "step"]
     measured = MeasuredMemory(
-        weights=sum(_storages([*model.parameters(), *model.buffers()]).values()),
+        weights=sum(_storages(stored_weights(model).values()).values()),
         gradients=sum(_storages(gradients).values()),
         optimizer=sum(_storages(moments).values()),
         activations=sum(activations.values()),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora_lib.torch.linear import is_quantized
+from lora_lib.torch.linear import stored_weights
 from lora_lib.torch.resume import TrainingRun, fingerprint
 
 
@@ -82,7 +82,8 @@ def fine_tune(model: nn.Module, data: tuple[Tensor, ...], *, steps: int, batch_s
         "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
         "max_grad_norm": max_grad_norm, "precision": precision, "seed": seed,
         "device": device.type, "data": fingerprint(dict(enumerate(data))),
-        "frozen weights": fingerprint(_frozen(model))})
+        "frozen weights": fingerprint({name: t for name, t in stored_weights(model).items()
+                                       if not t.requires_grad})})
 
     with _training_mode(model), _own_random_numbers(seed, device), torch.enable_grad():
         if path is not None and path.exists():
@@ -157,13 +158,6 @@ def _set_lr(optimizer, lr, schedule, step):
     for group in optimizer.param_groups:
         group["lr"] = lr * factor
     return factor
-
-
-def _frozen(model):
-    """What must be the same for training to go on: frozen parameters, and quantized weights."""
-    quantized = {f"{name}.{key}": b for name, m in model.named_modules() if is_quantized(m)
-                 for key, b in m.named_buffers()}
-    return quantized | {name: p for name, p in model.named_parameters() if not p.requires_grad}
 
 
 def _finite(value, step):
