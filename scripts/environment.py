@@ -1,4 +1,6 @@
-"""Run the chapters with other versions of the packages, such as Colab's.
+"""Run the chapters, and the solved assignments, with other versions of the packages.
+
+Colab's, for one:
 
     python scripts/environment.py colab              make .environments/colab, run every chapter
     python scripts/environment.py oldest 01 04       the oldest versions allowed, two chapters
@@ -84,6 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
         chapters = notebooks.chapters(options.chapter)
     except ValueError as error:
         parser.error(str(error))
+    solved = sorted(ROOT.glob("assignments/source/*/*.ipynb"))
+    chapters += [path for path in solved if path.name.startswith(tuple(options.chapter) or "")]
     inside = make(options.name, options.python)
     print(f"lora_lib installed in {install(inside):.1f} s; no other package has changed", flush=True)
     failed = 0
@@ -91,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         seconds, error = run(inside, chapter)
         failed += bool(error)
         how = "FAILED" if error else "ran"
-        print(f"{chapter.name:32}{seconds:6.1f} s  {how}", flush=True)
+        print(f"{str(chapter.relative_to(ROOT)):46}{seconds:6.1f} s  {how}", flush=True)
         if error:
             print(error[-3000:], file=sys.stderr)
     return 1 if failed else 0

@@ -188,7 +188,7 @@ def merge_with_rest(answer, *, d=24, k=16, rank=3, scaling=4.0, nights=64, seed=
 
 def _wide(values):
     """The values of a NumPy array or a torch tensor as a float64 array."""
-    return np.float64(values.detach().double() if hasattr(values, "detach") else values)
+    return np.asarray(values.detach().double() if hasattr(values, "detach") else values, np.float64)
 
 
 def _layer(rng, d, k, rank, scaling, dtype, size=1.0):
