@@ -20,10 +20,6 @@ c.CourseDirectory.course_id = "lora"
 c.CourseDirectory.root = str(HERE)
 c.CourseDirectory.db_url = f"sqlite:///{HERE / 'gradebook.db'}?timeout=60"
 
-# A stub fails when it is run, and says so in our words.
-c.ClearSolutions.code_stub = {"python": "# YOUR CODE HERE\nraise NotImplementedError()"}
-c.GenerateAssignment.create_assignment = True
-
 # The learner's cells run in a sandbox, the tests outside of it: see grading/execute.py.
 c.Autograde.autograde_preprocessors = [
     IsolatedExecute, LimitOutput, SaveAutoGrades, AssignLatePenalties, CheckCellMetadata]

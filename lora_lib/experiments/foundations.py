@@ -13,7 +13,7 @@ from lora_lib import costs
 from lora_lib.data import digits
 from lora_lib.experiments import sweep
 from lora_lib.experiments.claims import DOES_NOT, HOLDS, Verdict
-from lora_lib.experiments.sweep import column, interval, main, read, select
+from lora_lib.experiments.sweep import column, main, read, select
 from lora_lib.numpy import LoRALayer, LoRALinear, accuracy, inject, merge, mlp, train
 
 SEEDS = range(5)

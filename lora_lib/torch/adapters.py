@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lib.torch.checkpoint import load_adapter, save_adapter
-from lora_lib.torch.inject import (replace_module, inject, lora_modules, lora_state_dict, remove,
+from lora_lib.torch.inject import (inject, lora_modules, lora_state_dict, remove, replace_module,
                                    saved_modules)
 from lora_lib.torch.linear import write_weight
 from lora_lib.torch.lora import LoRALinear

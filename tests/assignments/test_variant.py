@@ -4,8 +4,8 @@ import nbformat
 import pytest
 
 from grading import course as real
-from tests.assignments.conftest import ASSIGNMENTS, cell, hand_in, marks, run, tiny
-from variant import failures, main, variant
+from tests.assignments.conftest import cell, hand_in, marks, run, tiny
+from variant import failures, variant
 
 
 def test_numbers_and_hidden_seeds_change_and_nothing_else():

@@ -11,7 +11,7 @@ from torch import nn
 from lora_lib.torch import (cross_entropy, fine_tune, inject, load_adapter, load_pretrained,
                             lora_modules, lora_parameters, mean_loss, merge, remove, save_adapter,
                             unmerge)
-from lora_lib.torch.linear import is_linear, is_quantized, shape_of, weight_of
+from lora_lib.torch.linear import is_linear, is_quantized, shape_of
 from lora_lib.torch.nf4 import (EIGHT_BIT, NF4, PAIRS, NF4Linear, decode, encode, normal_levels,
                                 pack, quantize)
 from tests.torch.conftest import exact_bytes, randomize
