@@ -45,17 +45,17 @@ class IsolatedExecute(NbGraderPreprocessor):
                         if text:
                             cell.outputs.insert(0, new_output("stream", text=text))
         finally:
-            self._stop()
+            if self.sandbox is not None:
+                self.sandbox.close()
         return nb, resources
 
     @contextlib.contextmanager
     def _reporting(self, cell):
-        """Whatever ends the cell becomes its output; the process, if it is gone, begins again."""
+        """Whatever ends the cell becomes its output."""
         cell.outputs, cell.execution_count = [], None
         try:
             yield
         except Died as died:
-            self._stop()
             cell.outputs.append(_error("Stopped", died))
         except Exception as error:
             cell.outputs.append(_error(type(error).__name__, error))
@@ -82,21 +82,22 @@ class IsolatedExecute(NbGraderPreprocessor):
         return text.getvalue()
 
     def _ready(self):
-        """The sandbox, started again after a death, with what had run in it run once more."""
+        """The sandbox, started again after a death, with what had run in it run once more.
+
+        Neither counts as time of the cell that comes next: a start is slow on a busy machine.
+        """
+        if self.sandbox is None or self.sandbox.closed:
+            self.sandbox = Sandbox(self.isolated, self._left())
+            for source in ["", *self.ran]:
+                self.sandbox.run(source)
+        self.sandbox.seconds = min(self.seconds, self._left())
+        return self.sandbox
+
+    def _left(self):
         left = self.ends - time.monotonic()
         if left <= 0:
             raise Died(f"the time for the whole notebook, {self.seconds_in_all:.0f} s, is over")
-        if self.sandbox is None:
-            self.sandbox = Sandbox(self.isolated, min(self.seconds, left))
-            for source in self.ran:
-                self.sandbox.run(source)
-        self.sandbox.seconds = min(self.seconds, left)
-        return self.sandbox
-
-    def _stop(self):
-        if self.sandbox is not None:
-            self.sandbox.close()
-            self.sandbox = None
+        return left
 
 
 def _compiled(cell):

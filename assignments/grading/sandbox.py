@@ -43,7 +43,7 @@ class Sandbox:
     """
 
     def __init__(self, isolated: bool = True, seconds: float = 30):
-        self.seconds = seconds
+        self.seconds, self.closed = seconds, False
         inside = [sys.executable, str(Path(__file__).with_name("inside.py"))]
         with tempfile.TemporaryFile() as program:
             if isolated:
@@ -86,6 +86,9 @@ class Sandbox:
 
     def close(self) -> None:
         """End the process and whatever it has started."""
+        if self.closed:
+            return
+        self.closed = True
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -101,15 +104,23 @@ class Sandbox:
         self.close()
 
     def _ask(self, *request):
+        """One request's answer. After a Died the process is ended: a late answer to this request
+        would be taken for the answer to the next."""
+        if self.closed:
+            raise Died("the process has ended")
         data = wire.pack(request)
-        reply = self._exchange(len(data).to_bytes(8, "big") + data,
-                               time.monotonic() + self.seconds)
         try:
-            answer = wire.unpack(reply, function=lambda n, name: Remote(self, n, name))
-        except ValueError as error:
-            raise Died(f"the process broke the protocol with the tests: {error}") from None
-        if not isinstance(answer, dict):
-            raise Died("the process broke the protocol with the tests")
+            reply = self._exchange(len(data).to_bytes(8, "big") + data,
+                                   time.monotonic() + self.seconds)
+            try:
+                answer = wire.unpack(reply, function=lambda n, name: Remote(self, n, name))
+            except ValueError as error:
+                raise Died(f"the process broke the protocol with the tests: {error}") from None
+            if not isinstance(answer, dict):
+                raise Died("the process broke the protocol with the tests")
+        except Died:
+            self.close()
+            raise
         return answer
 
     def _exchange(self, data, deadline):

@@ -135,6 +135,18 @@ def test_an_endless_loop_is_ended(source):
     assert sandbox.process.returncode is not None
 
 
+def test_a_late_answer_is_not_taken_for_the_next():
+    with Sandbox(seconds=5) as sandbox:
+        sandbox.run("import time\ndef f(): time.sleep(2)\ng = 1")
+        f = sandbox.fetch(["f"])["f"]
+        sandbox.seconds = 1
+        with pytest.raises(Died, match="no answer after 1 s"):
+            f()
+        time.sleep(2)
+        with pytest.raises(Died, match="has ended"):
+            sandbox.fetch(["g"])
+
+
 @pytest.mark.parametrize("source", [
     "import os; os._exit(0)",
     "import ctypes; ctypes.string_at(0)",
