@@ -142,8 +142,8 @@ def memory(shape: ModelShape, *, batch: int, sequence: int, rank: int | None = N
     gradient, and two moments; mixed precision with a 16-bit copy beside a float32 master also
     comes to 16 (Rajbhandari et al. 2020, section 3.1). For a model in float32 pass 4 throughout.
 
-    Left out: temporary buffers, the allocator's rounding, 16-bit copies of A and B, dropout, the
-    batch itself. Attention is taken to be fused (it keeps no sequence x sequence matrix), the rest
+    Left out: temporary buffers, the allocator's rounding, dropout, the batch itself. Attention is
+    taken to be fused (it keeps no sequence x sequence matrix), adapters to be lora_lib's, the rest
     to be plain PyTorch operations, and nothing to be recomputed.
     """
     for name, value in (("weight_bytes", weight_bytes), ("trainable_bytes", trainable_bytes),

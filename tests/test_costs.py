@@ -186,14 +186,12 @@ def test_memory_is_what_pytorch_holds(kind, target):
 @pytest.mark.parametrize("target", [QV, "all-linear"], ids=str)
 @pytest.mark.parametrize("kind", SHAPES)
 def test_memory_beside_a_bfloat16_base(kind, target):
-    """The same, but for bfloat16 copies of A and B, at most one each."""
+    """The same: no bfloat16 copies of A and B are kept."""
     from lora_lib.torch.memory import measure_memory
     shape, model, tokens, labels, step = prepared(kind, target, torch.bfloat16)
     measured, expected = measure_memory(model, tokens, labels), memory(shape, **step)
-    for part in ("weights", "gradients", "optimizer"):
+    for part in ("weights", "gradients", "optimizer", "activations"):
         assert getattr(measured, part) == getattr(expected, part), part
-    copies = 2 * shape.lora_parameters(RANK, target)
-    assert 0 < measured.activations - expected.activations <= copies
 
 
 @pytest.mark.parametrize("kind", SHAPES)

@@ -4,12 +4,12 @@
 """
 
 import copy
-import time
 
 import numpy as np
 import torch
 
 from lora_lib.experiments.sweep import column, main, read
+from lora_lib.experiments.timing import in_turn
 from lora_lib.torch import LanguageModel, LanguageModelConfig, cross_entropy, inject, merge
 
 SEEDS = range(5)
@@ -21,15 +21,10 @@ def model(rank: int, seed: int) -> LanguageModel:
                   "all-linear", rank, 2 * rank, seed=seed)
 
 
-def ratio(one, other, rounds: int, warmup: int = 2) -> float:
+def ratio(one, other, rounds: int) -> float:
     """The median time of calling one() over that of other(), called in turn."""
-    times = [[], []]
-    for _ in range(warmup + rounds):
-        for function, taken in zip((one, other), times):
-            start = time.perf_counter()
-            function()
-            taken.append(time.perf_counter() - start)
-    return float(np.divide(*(np.median(taken[warmup:]) for taken in times)))
+    times = in_turn({"one": one, "other": other}, rounds)
+    return float(np.median(times["one"]) / np.median(times["other"]))
 
 
 def trial(rank: int = 64, over: int = 8, rounds: int = 15, seed: int = 0) -> dict[str, float]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lib.rules import check_dropout, check_rank, init_std_of, scaling_of
+from lora_lib.torch.fused import can_fuse, is_plain, lora_linear, lora_linears
 from lora_lib.torch.linear import is_linear, is_quantized, shape_of, weight_of, write_weight
 
 
@@ -142,7 +143,16 @@ class LoRALinear(LoRALayer):
         """(..., k) -> (..., d)."""
         if self.merged:                          # the update is in the weight already
             return self.linear(x)
+        if self._can_fuse(x):                    # the same numbers as below, sooner
+            return lora_linear(x, *self._parts())
         return self.linear(x) + self.update(self.dropout(x))
+
+    def _can_fuse(self, x):
+        drops = self.training and self.dropout.p > 0
+        return not drops and can_fuse(self.linear, x)
+
+    def _parts(self):
+        return weight_of(self.linear), self.linear.bias, self.A, self.B, self.scaling
 
     def merge(self) -> "LoRALinear":
         """Fold the update into the weight, in place. Merging a merged layer changes nothing."""
@@ -167,3 +177,17 @@ class LoRALinear(LoRALayer):
     def bias(self) -> Tensor | None:
         """The linear layer's own bias (d,), or None."""
         return self.linear.bias
+
+
+def shared_input(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
+    """Every module's output for the same x, (..., k) -> (..., d_i): q, k and v; gate and up.
+
+    Those that are LoRALinears go over x together (lora_lib.torch.fused); the result is that of
+    calling each.
+    """
+    together = [m for m in modules if type(m) is LoRALinear and not m.merged and is_plain(m)
+                and m._can_fuse(x)]
+    if len(together) < 2:
+        return tuple(m(x) for m in modules)
+    done = dict(zip(together, lora_linears(x, [m._parts() for m in together])))
+    return tuple(done[m] if m in done else m(x) for m in modules)
