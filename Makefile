@@ -2,14 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-PYTEST := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300
+# One process for each core, each with one thread; a notebook's cells stay together.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations=10 \
+	--nbval --nbval-current-env --nbval-cell-timeout=300
 
 # Progress bars are for people: stored outputs and the tests run without them, and offline.
 export TQDM_DISABLE := 1
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: help book test notebooks release variant grade repository clean
+.PHONY: help book test notebooks benchmark release variant grade repository clean
 .DEFAULT_GOAL := help
 
 help: ## list the tasks
@@ -31,6 +33,10 @@ test: .venv/ready ## run the tests and every chapter, outputs compared (ARGS="te
 
 notebooks: .venv/ready ## run the chapters and store their outputs (CHAPTER=03 for one)
 	$(BIN)/python scripts/notebooks.py $(CHAPTER)
+
+benchmark: .venv/ready ## measure lora_lib beside its peers and write book/speed.md (ten idle minutes)
+	env -u TQDM_DISABLE $(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.page
 
 release: .venv/ready ## make the assignments that learners get from their sources
 	$(BIN)/python assignments/release.py

@@ -37,7 +37,9 @@ class LoRALayer:
     def forward(self, x: np.ndarray, W: np.ndarray) -> np.ndarray:
         """h = W x + scaling * B (A x), for each row x. B A is never formed."""
         self._check(W, x)
-        return x @ W.T + self.scaling * ((x @ self.A.T) @ self.B.T)
+        h = x @ W.T
+        h += (self.scaling * (x @ self.A.T)) @ self.B.T      # scaled on the narrow side, in place
+        return h
 
     def backward(self, grad_output: np.ndarray, x: np.ndarray, W: np.ndarray) -> np.ndarray:
         """Set A_grad (r, k) and B_grad (d, r); return the gradient with respect to x, (..., k).
@@ -55,7 +57,9 @@ class LoRALayer:
         gB = self.scaling * (g @ self.B)                     # (n, r): the narrow side, once for two
         self.B_grad = g.T @ (self.scaling * (rows @ self.A.T))
         self.A_grad = gB.T @ rows
-        return (g @ W + gB @ self.A).reshape(x.shape)
+        grad_x = g @ W
+        grad_x += gB @ self.A
+        return grad_x.reshape(x.shape)
 
     def delta_weight(self) -> np.ndarray:
         """The update itself, scaling * B @ A, (d, k)."""

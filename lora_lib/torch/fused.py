@@ -5,8 +5,9 @@ With g = dL/dy, u = scaling * x A^T, and v = scaling * g B, all of them n rows (
     y  = u B^T + b + x W^T          dA = v^T x          dx = v A + g W          dB = g^T u
 
 What makes it fast is the shape of the computation, not less of it:
-* The large product adds to the small one's output in place, forward and backward. The
-  formula's own sum would write, and read, one more n x d array; autograd's sum one more n x k.
+* Sums happen in place, inside the second product. The formula would write and read one more n x d
+  array, autograd one more n x k for every layer that reads x. The small product comes first: in
+  16 bits it would be rounded away beside a rounded x W^T or g W.
 * Only x and u are kept for backward. A and B are cast to x's dtype when they are needed, and again
   in backward: r (k + d) numbers, where keeping the casts would take memory in every layer.
 * v and dB are computed as their transposes, B^T g^T and u^T g, which BLAS does up to five times
@@ -31,26 +32,33 @@ def lora_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
     is: float32 beside bfloat16. Gradients have the dtype of what they belong to. Differentiable
     twice. Under autocast x, W and bias are cast as F.linear would.
     """
-    x, W, bias = _autocast(x, W, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad or B.requires_grad):
+    if torch.is_autocast_enabled(x.device.type):
+        x, W, bias = _autocast(x, W, bias)
+    if torch.is_grad_enabled():
         return _One.apply(x, W, bias, A, B, scaling)
-    return _forward(_rows(x), W, bias, A.to(x.dtype), B.to(x.dtype), scaling)[0].view(
-        *x.shape[:-1], len(W))
+    y, _ = _forward(x if x.ndim == 2 else _rows(x), W, bias, A, B, scaling)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], len(W))
 
 
 def lora_linears(x: Tensor, layers: list[tuple]) -> tuple[Tensor, ...]:
-    """`lora_linear` for several (W, bias, A, B, scaling) that read the same x (..., k)."""
-    if not torch.is_grad_enabled():
+    """`lora_linear` for several (W, bias, A, B, scaling) that read the same x (..., k).
+
+    Together if they have one scaling, else one by one.
+    """
+    Ws, biases, As, Bs, scalings = zip(*layers)
+    if len(set(scalings)) > 1:
         return tuple(lora_linear(x, *layer) for layer in layers)
-    *tensors, scalings = zip(*layers)
-    x, *cast = _autocast(x, *tensors[0], *tensors[1])
-    return _Shared.apply(x, scalings, *cast, *tensors[2], *tensors[3])
+    if torch.is_autocast_enabled(x.device.type):
+        n = len(layers)
+        x, *cast = _autocast(x, *Ws, *biases)
+        Ws, biases = cast[:n], cast[n:]
+    return _Shared.apply(x, scalings[0], *Ws, *biases, *As, *Bs)
 
 
 class _One(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, bias, A, B, scaling):
-        y, u = _forward(_rows(x), W, bias, A.to(x.dtype), B.to(x.dtype), scaling)
+        y, u = _forward(x if x.ndim == 2 else _rows(x), W, bias, A, B, scaling)
         ctx.save_for_backward(x, u, W, A, B)
         ctx.scaling = scaling
         return y if x.ndim == 2 else y.view(*x.shape[:-1], len(W))
@@ -58,33 +66,34 @@ class _One(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, u, W, A, B = ctx.saved_tensors
-        rows, g = _rows(x), _rows(g)
-        a, b = A.to(x.dtype), B.to(x.dtype)
-        if torch.is_grad_enabled():              # differentiated twice: u must depend on x and A
-            u = F.linear(rows, a) * ctx.scaling
+        x_needs, _, _, A_needs, B_needs, _ = ctx.needs_input_grad
+        rows, g = (x, g) if x.ndim == 2 else (_rows(x), _rows(g))
+        a, b = _like(x, A), _like(x, B)
         dx = dA = dB = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+        if x_needs or A_needs:
             v_t = torch.mm(b.t(), g.t()).mul_(ctx.scaling)
-        if ctx.needs_input_grad[0]:
-            dx = _plus(torch.mm(v_t.t(), a), g, W).view(x.shape)
-        if ctx.needs_input_grad[3]:
-            dA = torch.mm(v_t, rows).to(A.dtype)
-        if ctx.needs_input_grad[4]:
-            dB = torch.mm(u.t(), g).t().to(B.dtype)
+        if x_needs:
+            dx = _plus(torch.mm(v_t.t(), a), g, W)
+            dx = dx if x.ndim == 2 else dx.view(x.shape)
+        if A_needs:
+            dA = _like(A, torch.mm(v_t, rows))
+        if B_needs:
+            if torch.is_grad_enabled():          # differentiated twice: u depends on x and A
+                u = F.linear(rows, a) * ctx.scaling
+            dB = _like(B, torch.mm(u.t(), g)).t()
         return dx, None, None, dA, dB, None
 
 
 class _Shared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scalings, *tensors):
+    def forward(ctx, x, scaling, *tensors):
         Ws, biases, As, Bs = _fours(tensors)
         rows = _rows(x)
-        us = F.linear(rows, torch.cat(As).to(x.dtype)).split([len(A) for A in As], dim=1)
-        ys = [_expand(rows, W, bias, B.to(x.dtype), u.mul_(scaling))
-              for W, bias, B, u, scaling in zip(Ws, biases, Bs, us, scalings)]
+        us = F.linear(rows, _like(x, torch.cat(As))).mul_(scaling).split([len(A) for A in As], 1)
+        ys = [_expand(rows, W, bias, _like(x, B), u) for W, bias, B, u in zip(Ws, biases, Bs, us)]
         ctx.save_for_backward(x, *us, *tensors)
-        ctx.scalings = scalings
-        return tuple(y.view(*x.shape[:-1], len(W)) for y, W in zip(ys, Ws))
+        ctx.scaling = scaling
+        return tuple(ys) if x.ndim == 2 else tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
     @staticmethod
     def backward(ctx, *gs):
@@ -92,27 +101,26 @@ class _Shared(torch.autograd.Function):
         x, *saved = ctx.saved_tensors            # once: a checkpoint gives each a single time
         us, (Ws, _, As, Bs) = saved[:n], _fours(saved[n:])
         rows, gs, sizes = _rows(x), [_rows(g) for g in gs], [len(A) for A in As]
-        a = torch.cat(As).to(x.dtype)
-        if torch.is_grad_enabled():
-            us = [u * scaling for u, scaling in
-                  zip(F.linear(rows, a).split(sizes, dim=1), ctx.scalings)]
-        v_t = torch.cat([torch.mm(B.to(x.dtype).t(), g.t()).mul_(scaling)
-                         for B, g, scaling in zip(Bs, gs, ctx.scalings)])
+        a = _like(x, torch.cat(As))
+        if torch.is_grad_enabled():              # as in _One
+            us = (F.linear(rows, a) * ctx.scaling).split(sizes, 1)
+        v_t = torch.cat([torch.mm(_like(x, B).t(), g.t()) for B, g in zip(Bs, gs)])
+        v_t.mul_(ctx.scaling)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = torch.mm(v_t.t(), a)
             for g, W in zip(gs, Ws):
                 dx = _plus(dx, g, W)
             dx = dx.view(x.shape)
-        dAs = [dA.to(A.dtype) for dA, A in zip(torch.mm(v_t, rows).split(sizes), As)]
-        dBs = [torch.mm(u.t(), g).t().to(B.dtype) for u, g, B in zip(us, gs, Bs)]
+        dAs = [_like(A, dA) for A, dA in zip(As, torch.mm(v_t, rows).split(sizes))]
+        dBs = [_like(B, torch.mm(u.t(), g)).t() for B, u, g in zip(Bs, us, gs)]
         return dx, None, *[None] * (2 * n), *dAs, *dBs
 
 
 def _forward(x, W, bias, A, B, scaling):
     """y (n, d) and u (n, r)."""
-    u = F.linear(x, A).mul_(scaling)
-    return _expand(x, W, bias, B, u), u
+    u = F.linear(x, _like(x, A)).mul_(scaling)
+    return _expand(x, W, bias, _like(x, B), u), u
 
 
 def _expand(x, W, bias, B, u):
@@ -121,7 +129,7 @@ def _expand(x, W, bias, B, u):
 
 
 def _plus(total, a, b):
-    """total + a b, in place unless that is to be differentiated (addmm_, but FLOP counters see it)."""
+    """total + a b, in place unless that is differentiated (addmm_, but FLOP counters see it)."""
     return torch.addmm(total, a, b, out=None if torch.is_grad_enabled() else total)
 
 
@@ -129,18 +137,45 @@ def _rows(x):
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
+def _like(x, t):
+    """t in x's dtype; t.to(x) would take half a microsecond to find that there is nothing to do."""
+    return t if t.dtype == x.dtype else t.to(x.dtype)
+
+
 def _fours(tensors):
     n = len(tensors) // 4
-    return (tensors[i:i + n] for i in range(0, 4 * n, n))
+    return tensors[:n], tensors[n:2 * n], tensors[2 * n:3 * n], tensors[3 * n:]
 
 
 def _autocast(*tensors):
     """What F.linear does to its arguments under autocast."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+    x = tensors[0]
+    if x.dtype == torch.float64:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(x.device.type)
     return [t if t is None else t.to(dtype) for t in tensors]
+
+
+def fast_parts(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """W (d, k) and the bias, if the frozen layer's own forward may be left out; None if not.
+
+    Not if it is quantized or another subclass, has hooks (FSDP's, offloading's, yours), or is
+    trained; nor while torch.compile, torch.func or forward-mode differentiation look on, or if x
+    is no ordinary tensor. Then the formula itself is what runs.
+    """
+    conv1d = is_conv1d(linear)
+    if not (conv1d or type(linear) is nn.Linear) or not is_plain(linear):
+        return None
+    W, bias = linear.weight, linear.bias
+    if (W.requires_grad or (bias is not None and bias.requires_grad)
+            or type(x) not in ORDINARY or type(W) not in ORDINARY
+            or torch.compiler.is_compiling() or forward_ad._current_level >= 0
+            or torch._C._are_functorch_transforms_active()):
+        return None
+    return W.t() if conv1d else W, bias
+
+
+ORDINARY = (Tensor, nn.Parameter)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -148,21 +183,3 @@ def is_plain(module: nn.Module) -> bool:
     own = vars(module)
     return not ("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]
                 or own["_backward_hooks"] or own["_backward_pre_hooks"])
-
-
-def can_fuse(linear: nn.Module, x: Tensor) -> bool:
-    """Whether the frozen layer's own forward may be left out: no one would miss it.
-
-    Not if it is quantized or another subclass, has hooks (FSDP's, offloading's, yours), or is
-    trained; nor while torch.compile, torch.func or forward-mode differentiation look on, or if x
-    is no ordinary tensor. Then the formula itself is what runs.
-    """
-    return ((type(linear) is nn.Linear or is_conv1d(linear)) and is_plain(linear)
-            and type(x) in ORDINARY and type(linear.weight) in ORDINARY
-            and not linear.weight.requires_grad
-            and (linear.bias is None or not linear.bias.requires_grad)
-            and not torch.compiler.is_compiling() and forward_ad._current_level < 0
-            and not torch._C._are_functorch_transforms_active())
-
-
-ORDINARY = (Tensor, nn.Parameter)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lib.rules import check_dropout, check_rank, init_std_of, scaling_of
-from lora_lib.torch.fused import can_fuse, is_plain, lora_linear, lora_linears
+from lora_lib.torch.fused import fast_parts, is_plain, lora_linear, lora_linears
 from lora_lib.torch.linear import is_linear, is_quantized, shape_of, weight_of, write_weight
 
 
@@ -143,16 +143,17 @@ class LoRALinear(LoRALayer):
         """(..., k) -> (..., d)."""
         if self.merged:                          # the update is in the weight already
             return self.linear(x)
-        if self._can_fuse(x):                    # the same numbers as below, sooner
-            return lora_linear(x, *self._parts())
+        parts = self._fast_parts(x)
+        if parts:                                # the same numbers as below, sooner
+            return lora_linear(x, *parts)
         return self.linear(x) + self.update(self.dropout(x))
 
-    def _can_fuse(self, x):
-        drops = self.training and self.dropout.p > 0
-        return not drops and can_fuse(self.linear, x)
-
-    def _parts(self):
-        return weight_of(self.linear), self.linear.bias, self.A, self.B, self.scaling
+    def _fast_parts(self, x):
+        """lora_linear's arguments, or None where it would not do what forward must."""
+        if self.training and self.dropout.p > 0:
+            return None
+        parts = fast_parts(self.linear, x)
+        return parts and (*parts, self.A, self.B, self.scaling)
 
     def merge(self) -> "LoRALinear":
         """Fold the update into the weight, in place. Merging a merged layer changes nothing."""
@@ -185,9 +186,13 @@ def shared_input(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
     Those that are LoRALinears go over x together (lora_lib.torch.fused); the result is that of
     calling each.
     """
-    together = [m for m in modules if type(m) is LoRALinear and not m.merged and is_plain(m)
-                and m._can_fuse(x)]
+    together = {}
+    for i, m in enumerate(modules):
+        if type(m) is LoRALinear and not m.merged and is_plain(m):
+            parts = m._fast_parts(x)
+            if parts:
+                together[i] = parts
     if len(together) < 2:
         return tuple(m(x) for m in modules)
-    done = dict(zip(together, lora_linears(x, [m._parts() for m in together])))
-    return tuple(done[m] if m in done else m(x) for m in modules)
+    done = dict(zip(together, lora_linears(x, list(together.values()))))
+    return tuple(done[i] if i in done else m(x) for i, m in enumerate(modules))

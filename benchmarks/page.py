@@ -1,0 +1,351 @@
+"""Write book/speed.md and its picture from the newest results of benchmarks/run.py.
+
+    python -m benchmarks.page
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402  (after the backend)
+import numpy as np  # noqa: E402
+
+from benchmarks.run import RESULTS  # noqa: E402
+from lora_lib import plots  # noqa: E402
+from lora_lib.experiments.sweep import read, select  # noqa: E402
+from lora_lib.files import atomic  # noqa: E402
+
+BOOK = Path(__file__).parents[1] / "book"
+LEAST = 0.005       # an overhead below this share of the frozen layer's time is taken for this one
+
+TEXT = """\
+# How fast it is
+
+What does an adapter cost beside the frozen layer that it sits on, and beside other people's
+adapters? One command measured everything on this page, in one run, and wrote the page itself:
+`make benchmark`. [Chapter 13](13_making_it_fast.ipynb) explains what makes the difference.
+
+The methods are called in turn, round after round, so that a machine that slows down slows all of
+them. A figure is a median. A ratio is the median of the ratios within each round.
+
+{machine}
+
+## The targets
+
+They were set before the library's layer was written. *Overhead* is the time above the frozen
+layer's, for forward and backward.
+
+{targets}
+
+{missed}
+
+## One layer
+
+Forward and backward of one square layer, as a multiple of the frozen layer's time, in float32.
+*Formula* is the equation as one would write it down, *full* is full
+fine-tuning. PEFT keeps its matrices in float32, whatever the
+weight is; loralib has them in the weight's dtype.
+
+![Two heat maps of the time over the frozen layer's: lora_lib's cells are nearer to one than
+PEFT's, most of all for wide layers and many tokens](_static/speed.png)
+
+{layer}
+
+## Queries, keys and values of one input
+
+*Products* are the matrix products of three adapted layers alone, without casts, biases, new memory
+and autograd: no order of these products takes less.
+
+{shared}
+
+What autograd keeps for backward, beside the parameters, for `256` tokens:
+
+{bytes}
+
+## Inference
+
+Without gradients, in float32. *Merged* is a `LoRALinear` whose update is in its weight; *replaced*
+is the plain layer that `merge(model)` leaves behind.
+
+{inference}
+
+## A model's step
+
+The course's small language model, `16` rows of `64` tokens: forward, backward, and AdamW, over
+PEFT's time for the same. *Frozen* has no adapter and only passes gradients on, so it is what an
+adapter that took no time would leave.
+
+{model}
+
+## Files, NumPy, imports
+
+A model of `336` linear layers, all adapted. Saving here hashes the base's weights, so that
+loading can tell whether it is the same one, and waits until the file is on the disk; PEFT does
+neither.
+
+{files}
+
+The NumPy layer's forward and backward over the time of its matrix products alone, in arrays made
+beforehand:
+
+{numpy}
+
+A new process that imports:
+
+{imports}
+
+{gpu}
+"""
+
+
+NO_GPU = """\
+## On a GPU
+
+None has been measured yet. The same command measures one where there is one.
+"""
+GPU = """\
+## On a GPU
+
+The same command on a GPU, timed by CUDA events, and once more as captured CUDA graphs, which leave
+Python out.
+
+{machine}
+
+One layer, forward and backward, rank `8`, over the frozen layer:
+
+{layers}
+
+Queries, keys and values of one input:
+
+{shared}
+
+A step of the language model over PEFT's:
+
+{model}
+"""
+
+
+def newest(device: str = "cpu", results: Path = RESULTS) -> Path | None:
+    """The folder of the last full run on a device, or None."""
+    return max((path for path in results.iterdir() if (path / "machine.json").exists()
+                and about(path)["device"] == device), default=None)
+
+
+def about(folder: Path) -> dict:
+    return json.loads((folder / "machine.json").read_text())
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [header, ["---"] * len(list(header)), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def code(value, form: str = "") -> str:
+    return f"`{value:{form}}`"
+
+
+def one(rows, method, **where):
+    """The one row of a method at a point."""
+    found = select(rows, method=method, **where)
+    if len(found) != 1:
+        raise ValueError(f"expected one row of {method!r} at {where}, found {len(found)}")
+    return found[0]
+
+
+def seconds(value: float) -> str:
+    for unit, size in (("s", 1), ("ms", 1e-3)):
+        if value >= size:
+            return f"`{value / size:.3g}` {unit}"
+    return f"`{value / 1e-6:.3g}` µs"
+
+
+def overheads(rows, method, **where) -> np.ndarray:
+    """What a method takes above the frozen layer, at every point of the grid, at least LEAST."""
+    ratios = [row["ratio"] for row in select(rows, what="step", method=method, **where)]
+    return np.maximum(np.array(ratios) - 1, LEAST)
+
+
+def slower(rows) -> list[str]:
+    """Where, beyond the noise, PEFT or loralib is faster: their upper quartile is below our lower."""
+    found = []
+    for ours in select(rows, what="step", method="lora_lib", dtype="float32"):
+        point = {key: ours[key] for key in ("what", "dtype", "size", "rank", "tokens")}
+        for other in ("PEFT", "loralib"):
+            if one(rows, other, **point)["ratio_high"] < ours["ratio_low"]:
+                found.append(f"width `{ours['size']:.0f}`, rank `{ours['rank']:.0f}`, "
+                             f"`{ours['tokens']:.0f}` tokens: {other} "
+                             f"`{one(rows, other, **point)['ratio']:.2f}`, "
+                             f"lora_lib `{ours['ratio']:.2f}`")
+    return found
+
+
+def targets(rows, kept) -> list[tuple[str, str, bool]]:
+    """(target, what was measured, whether it is reached)."""
+    ratio = overheads(rows, "lora_lib", dtype="float32") / overheads(rows, "PEFT", dtype="float32")
+    mean = float(np.exp(np.log(ratio).mean()))
+    behind = slower(rows)
+    found = [
+        ("One layer, float32: overhead at most `0.5` of PEFT's, as a geometric mean over the grid",
+         code(mean, ".2f"), mean <= 0.5),
+        ("One layer, float32: nowhere slower than PEFT or loralib beyond the noise",
+         f"slower at {code(len(behind))} of {code(len(ratio))} points", not behind)]
+    for size, limit in ((2048, 1.05), (512, 1.15), (256, 1.35)):
+        value = one(rows, "lora_lib", what="shared", dtype="float32", size=size, tokens=256)
+        found.append((f"q, k and v of one x, float32, width {code(size)}: at most {code(limit)} of "
+                      "frozen", code(value["ratio"], ".2f"), value["ratio"] <= limit))
+    half = {"what": "shared", "dtype": "bfloat16", "size": 2048, "tokens": 256}
+    ours, peft = (one(rows, name, **half) for name in ("lora_lib", "PEFT"))
+    over = ours["seconds"] / peft["seconds"]
+    found += [("The same in bfloat16, width `2048`: at most `1.07` of frozen",
+               code(ours["ratio"], ".2f"), ours["ratio"] <= 1.07),
+              ("The same: at most `0.5` of PEFT's time", code(over, ".2f"), over <= 0.5)]
+    sizes = {name: sum(row["bytes"] for row in select(kept, dtype="bfloat16", size=2048,
+                                                      method=name)) for name in ("lora_lib", "PEFT")}
+    least = 256 * (2048 + 3 * 8) * 2
+    share = sizes["lora_lib"] / sizes["PEFT"]
+    found += [("The same: x and x A^T are all that is kept for backward, a sixth of PEFT's",
+               f"`{sizes['lora_lib'] / 1e6:.2f}` MB of `{sizes['PEFT'] / 1e6:.2f}` MB",
+               sizes["lora_lib"] <= least and share <= 1 / 5.8)]
+    merged = [row for row in select(rows, what="inference", method="merged and replaced")]
+    worst = max(merged, key=lambda row: abs(row["ratio"] - 1))
+    found += [("Merged inference takes `1.00` of the plain layer's time",
+               f"`{min(r['ratio'] for r in merged):.2f}` to `{max(r['ratio'] for r in merged):.2f}`",
+               abs(worst["ratio"] - 1) < 0.05)]
+    for dtype, limit in (("bfloat16", 0.8), ("float32", 1)):
+        values = [one(rows, "lora_lib", what="model", dtype=dtype, targets=t)["ratio"]
+                  for t in ("all", "q, v")]
+        found.append((f"A step of the language model, {dtype}: at most {code(limit)} of PEFT's",
+                      f"{code(values[0], '.2f')} on all linear layers, {code(values[1], '.2f')} on "
+                      "q and v", max(values) <= limit))
+    worst = max(row["ratio"] for row in select(rows, what="numpy", method="lora_lib.numpy"))
+    imports = one(rows, "lora_lib", what="import")["seconds"]
+    return found + [("NumPy's layer: at most `1.1` of its products' time", code(worst, ".2f"),
+                     worst <= 1.1),
+                    ("`import lora_lib`, without torch: below `0.3` s", seconds(imports),
+                     imports < 0.3)]
+
+
+def missed(rows) -> str:
+    """Where a target is not reached: the floor, from the same run."""
+    half = {"what": "shared", "dtype": "bfloat16", "size": 2048, "tokens": 256}
+    alone, peft = (one(rows, name, **half)["ratio"] for name in ("products", "PEFT"))
+    frozen = one(rows, "frozen", what="model", dtype="bfloat16", targets="q, v")["ratio"]
+    text = (f"How low can it go? In bfloat16 at width `2048`, the frozen layers alone take "
+            f"{code(1 / peft, '.2f')} of PEFT's time, and the bare products of layers with adapters "
+            f"{code(alone, '.2f')} of the frozen layers'. In the language model, {code(frozen, '.2f')} "
+            "of PEFT's step with adapters on q and v would be left if they took no time at all.")
+    if behind := slower(rows):
+        text += ("\n\nThe points where another is faster, beyond the noise:\n\n"
+                 + "\n".join(f"- {line}" for line in behind))
+    return text
+
+
+def matrix(rows, what, methods, keys, **where) -> str:
+    """A table of ratios: a line for each point, a column for each method."""
+    points = [{key: row[key] for key in keys}
+              for row in select(rows, what=what, method=methods[0], **where)]
+    lines = []
+    for point in points:
+        base = one(rows, "frozen", what=what, **where, **point)
+        cells = [row["ratio"] for m in methods
+                 for row in [one(rows, m, what=what, **where, **point)]]
+        lines.append([*(code(v, ".0f") if isinstance(v, float) else str(v)
+                        for v in point.values()), seconds(base["seconds"]),
+                      *(code(c, ".2f") for c in cells)])
+    return table([*keys, "frozen", *methods], lines)
+
+
+def picture(rows, path: Path) -> None:
+    """The ratio to the frozen layer over the grid, ours and PEFT's."""
+    grid = select(rows, what="step", dtype="float32")
+    sizes, ranks, tokens = (sorted({row[key] for row in grid}) for key in ("size", "rank", "tokens"))
+    lines = [(size, n) for size in sizes for n in tokens]
+    with plots.panels(2, width=4.6, height=3.8) as axes:
+        for method, ax in zip(("lora_lib", "PEFT"), axes):
+            values = [[one(grid, method, size=size, tokens=n, rank=rank)["ratio"] for rank in ranks]
+                      for size, n in lines]
+            plots.heatmap(values, rows=[f"{size:.0f} x {n:.0f}" for size, n in lines],
+                          columns=[f"{rank:.0f}" for rank in ranks], xlabel="rank",
+                          ylabel="width x tokens", title=method, unit="time over frozen", ax=ax)
+            ax.images[0].set_clim(1, 4)
+        plt.gcf().savefig(path)
+    plt.close("all")
+
+
+METHODS = ["lora_lib", "PEFT", "loralib", "formula", "full"]
+
+
+def machine(folder: Path) -> str:
+    return table(["", ""], [[key, code(value)] for key, value in about(folder).items() if value])
+
+
+def steps(rows, what="model", dtypes=("float32", "bfloat16")) -> str:
+    """A step of the language model, over PEFT's."""
+    methods = ("lora_lib", "PEFT", "full", "frozen")
+    return table(["dtype", "adapters on", *methods],
+                 [[dtype, name, *(code(one(rows, m, what=what, dtype=dtype, targets=name)["ratio"],
+                                       ".2f") for m in methods)]
+                  for dtype in dtypes for name in ("q, v", "all")])
+
+
+def gpu(folder: Path) -> str:
+    """What a GPU's run says, eager and as graphs."""
+    rows = read(folder / "times.csv")
+    both = lambda make: "\n\n".join(make(suffix) for suffix in ("", " graph"))
+    return GPU.format(
+        machine=machine(folder),
+        layers=both(lambda s: matrix(rows, "step" + s, METHODS, ["dtype", "size", "tokens"],
+                                     rank=8)),
+        shared=both(lambda s: matrix(rows, "shared" + s, METHODS, ["dtype", "size", "tokens"])),
+        model=both(lambda s: steps(rows, "model" + s, ("float32", "float16"))))
+
+
+def page(folder: Path, gpu_folder: Path | None = None) -> str:
+    """The text of the page: of a CPU's run, and of a GPU's if there is one."""
+    rows, kept = read(folder / "times.csv"), read(folder / "bytes.csv")
+    methods = METHODS
+    sizes = {}
+    for row in kept:
+        key = (row["dtype"], row["size"], row["method"])
+        sizes[key] = sizes.get(key, 0) + row["bytes"]
+    points = list(dict.fromkeys(key[:2] for key in sizes))
+    return TEXT.format(
+        machine=machine(folder), gpu=(NO_GPU if gpu_folder is None else gpu(gpu_folder)).rstrip(),
+        targets=table(["target", "measured", "reached"],
+                      [[text, value, "yes" if ok else "**no**"]
+                       for text, value, ok in targets(rows, kept)]),
+        missed=missed(rows),
+        layer=matrix(rows, "step", methods, ["size", "tokens"], rank=8, dtype="float32")
+        + "\n\nThe same in `bfloat16`:\n\n" + matrix(rows, "step", methods, ["size", "tokens"], rank=8, dtype="bfloat16")
+        + "\n\nThe forward pass alone, and forward, backward and a step of AdamW, in float32:\n\n"
+        + matrix(rows, "forward", methods, ["size", "tokens"], rank=8, dtype="float32") + "\n\n"
+        + matrix(rows, "optimizer", methods, ["size", "tokens"], rank=8, dtype="float32"),
+        shared=matrix(rows, "shared", methods + ["products"], ["dtype", "size", "tokens"]),
+        bytes=table(["dtype", "width", *methods],
+                    [[dtype, code(size, ".0f"),
+                      *(f"`{sizes[dtype, size, m] / 1e6:.2f}` MB" for m in methods)]
+                     for dtype, size in points]),
+        inference=matrix(rows, "inference", ["merged", "merged and replaced", "lora_lib", "PEFT",
+                                             "loralib"], ["size", "tokens"]),
+        model=steps(rows),
+        files=table(["", "lora_lib", "PEFT"],
+                    [[action, *(seconds(one(rows, m, what="files", action=action)["seconds"])
+                                for m in ("lora_lib", "PEFT"))]
+                     for action in ("inject", "save", "load")]),
+        numpy=table(["width", "tokens", "ratio"],
+                    [[code(row["size"], ".0f"), code(row["tokens"], ".0f"),
+                      code(row["ratio"], ".2f")]
+                     for row in select(rows, what="numpy", method="lora_lib.numpy")]),
+        imports=table(["", "seconds"], [[code(row["method"]), seconds(row["seconds"])]
+                                        for row in select(rows, what="import")]))
+
+
+if __name__ == "__main__":
+    folder = newest()
+    picture(read(folder / "times.csv"), BOOK / "_static" / "speed.png")
+    with atomic(BOOK / "speed.md") as file:
+        file.write_text(page(folder, newest("cuda")), "utf8")
