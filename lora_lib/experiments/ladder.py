@@ -201,6 +201,13 @@ def made(setting: Setting, seed: int = 0, dtype: torch.dtype | None = None
     return x, layers, [normal(setting.tokens, k).to(dtype) for _ in layers]
 
 
+def doubled(x: Tensor, layers: list[Layer], gs: list[Tensor]) -> tuple:
+    """The same data in float64, for the truth about it."""
+    cast = lambda t: t.detach().double().requires_grad_(t.requires_grad)
+    return cast(x), [Layer(*map(cast, layer[:4]), layer.scaling) for layer in layers], [
+        cast(g) for g in gs]
+
+
 def step(rung: Callable, x: Tensor, layers: list[Layer], gs: list[Tensor]) -> Callable:
     """A function that goes forward and backward: (outputs, [dx, dA, ..., dB, ...]).
 
@@ -318,7 +325,7 @@ def saved(rung: Callable, x: Tensor, layers: list[Layer], gs: list[Tensor]) -> i
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine reached in a setting: FLOPs a second by kind, bytes a second, seconds a call."""
+    """What was reached in a setting: FLOPs a second by kind, bytes a second, seconds a call."""
     flops: dict[str, float]
     bytes: float
     call: float
