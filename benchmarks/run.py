@@ -12,9 +12,7 @@ by CUDA events, and once more as captured graphs. Leave the machine alone while 
 
 import argparse
 import copy
-import csv
 import datetime
-import io
 import json
 import os
 import platform
@@ -36,7 +34,8 @@ from tqdm import tqdm
 
 import lora_lib.numpy
 from benchmarks.methods import layers, threes
-from lora_lib.experiments.timing import in_turn
+from lora_lib.experiments.sweep import Row, write
+from lora_lib.experiments.timing import hardware, in_turn
 from lora_lib.files import atomic
 from lora_lib.torch import (LanguageModel, LanguageModelConfig, cross_entropy, inject, load_adapter,
                             load_pretrained, merge, remove, save_adapter)
@@ -45,8 +44,6 @@ RESULTS = Path(__file__).parent / "results"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.float16 if DEVICE == "cuda" else torch.bfloat16
 BUDGET = 6.0        # seconds for the rounds of one point
-
-Row = dict[str, object]
 
 
 def step_of(module: nn.Module, x: torch.Tensor, optimizer: bool = False):
@@ -294,14 +291,7 @@ def kept_bytes() -> Iterator[Row]:
 
 def machine() -> dict[str, object]:
     """What the figures belong to."""
-    if DEVICE == "cuda":
-        hardware = torch.cuda.get_device_name()
-    else:
-        try:
-            hardware = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-        except (OSError, TypeError):
-            hardware = platform.processor() or platform.machine()
-    return {"date": datetime.date.today().isoformat(), "hardware": hardware, "device": DEVICE,
+    return {"date": datetime.date.today().isoformat(), "hardware": hardware(DEVICE), "device": DEVICE,
             "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "python": platform.python_version(),
@@ -310,18 +300,6 @@ def machine() -> dict[str, object]:
 
 
 PARTS = {part.__name__: part for part in (imports, numpy, files, model, shared, inference, layer)}
-
-
-def write(path: Path, rows: list[Row]) -> None:
-    """Rows as CSV, numbers to four digits."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: f"{value:.4g}" if isinstance(value, float) else value
-                      for name, value in row.items()} for row in rows)
-    with atomic(path) as file:
-        file.write_text(text.getvalue())
 
 
 def main() -> None:

@@ -4,7 +4,6 @@
 """
 
 import copy
-import time
 from functools import lru_cache
 
 import numpy as np
@@ -217,24 +216,25 @@ def _tokens(seed):
 
 
 def _step_time(seed, width, targets, rounds=12):
-    """The median time of a LoRA step over that of a full one, interleaved."""
+    """The median time of a LoRA step over that of a full one, in turn."""
     import torch
 
+    from lora_lib.experiments.latency import ratio
     from lora_lib.torch import cross_entropy
 
-    models, (inputs, labels) = _models(seed, width, targets), _tokens(seed)
-    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad])
-                  for m in models]
-    times = [[], []]
-    for _ in range(rounds):
-        for model, optimizer, taken in zip(models, optimizers, times):
-            start = time.perf_counter()
+    inputs, labels = _tokens(seed)
+
+    def step_of(model):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+        def step():
             cross_entropy(model(inputs), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
-            taken.append(time.perf_counter() - start)
-    full_, low = (np.median(taken[2:]) for taken in times)
-    return low / full_
+        return step
+
+    full_, low = map(step_of, _models(seed, width, targets))
+    return ratio(low, full_, rounds)
 
 
 @measure

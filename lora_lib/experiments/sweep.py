@@ -42,7 +42,7 @@ def run(trial: Callable[..., dict], points: Iterable[dict], path: Path, *,
                                total=len(order), unit="trial"):
                 point = futures[future]
                 rows[_key(signature, point)] = point | future.result()
-                _write(path, sorted(rows.values(), key=place))
+                write(path, sorted(rows.values(), key=place))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -54,6 +54,16 @@ def read(path: str | Path) -> list[Row]:
     with open(path, newline="") as file:
         return [{name: _number(text) for name, text in row.items()}
                 for row in csv.DictReader(file)]
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Replace the CSV file at `path` by these rows, atomically."""
+    rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: _text(value) for name, value in row.items()} for row in rows)
 
 
 def select(rows: Iterable[Row], **where) -> list[Row]:
@@ -120,7 +130,10 @@ def _key(signature, row):
 
 
 def _text(value):
-    return f"{value:.6g}" if isinstance(value, (int, float)) else str(value)
+    """A number to six digits, a whole one to all of them."""
+    if not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:.15g}" if float(value).is_integer() else f"{value:.6g}"
 
 
 def _number(text):
@@ -128,11 +141,3 @@ def _number(text):
         return float(text)
     except ValueError:
         return text
-
-
-def _write(path, rows):
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: _text(value) for name, value in row.items()} for row in rows)

@@ -2,8 +2,11 @@
 
 import gc
 import math
+import platform
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -73,3 +76,14 @@ def _graph(function):
     with torch.cuda.graph(graph):
         function()
     return graph.replay
+
+
+def hardware(device: str = "cpu") -> str:
+    """The name of the processor, or of the GPU."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text("utf8"))
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()

@@ -5,9 +5,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_lib.experiments import ladder
-from lora_lib.experiments.ladder import (RUNGS, SETTINGS, Count, Rates, Setting, Work, counted,
-                                         kind, made, measure, parts, rates, saved, step, write)
-from lora_lib.experiments.sweep import read, select
+from lora_lib.experiments.ladder import (SETTINGS, Count, Rates, Setting, Work, counted, kind, made,
+                                         measure, parts, rates, saved, step)
+from lora_lib.experiments.rungs import BESIDE_16_BITS, RUNGS, TOGETHER
+from lora_lib.experiments.sweep import read, select, write
 
 SMALL = {1: Setting(48, 20, 4), 3: Setting(48, 20, 4, layers=3)}
 HALF = Setting(48, 20, 4, "bfloat16", 3)
@@ -29,7 +30,7 @@ def far(ours, truth):
 
 @pytest.mark.parametrize("layers, name", [
     *((1, name) for name in RUNGS if name != "frozen"),
-    *((3, name) for name in ladder.TOGETHER if name != "frozen")])
+    *((3, name) for name in TOGETHER if name != "frozen")])
 @pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-14), (torch.float32, 2e-6)])
 def test_every_rung_is_the_formula(layers, name, dtype, error):
     data = made(SMALL[layers], seed=1, dtype=dtype)
@@ -39,7 +40,7 @@ def test_every_rung_is_the_formula(layers, name, dtype, error):
     assert all(y.shape == (20, 48) and y.dtype == dtype for y in ys)
 
 
-@pytest.mark.parametrize("name", [name for name in ladder.BESIDE_16_BITS if name != "frozen"])
+@pytest.mark.parametrize("name", [name for name in BESIDE_16_BITS if name != "frozen"])
 def test_in_bfloat16_the_error_is_that_of_rounding(name):
     data = made(HALF, seed=1)
     ys, gradients = step(HALF.rungs()[name], *data)()
@@ -101,7 +102,7 @@ def test_what_is_saved_for_backward():
     for name in ("formula", "narrow scale", "one step", "in place", "transposed", "library"):
         assert saved(RUNGS[name], x, layers, gs) == (x.numel() + 20 * 4) * 4
     assert saved(RUNGS["frozen"], x, layers, gs) == 0
-    of = {name: saved(rung, *half) for name, rung in ladder.BESIDE_16_BITS.items()}
+    of = {name: saved(rung, *half) for name, rung in BESIDE_16_BITS.items()}
     numbers, low = 20 * 48, 20 * 4
     assert of["library"] == of["shared"] == 2 * numbers + 3 * 2 * low
     assert of["cast x"] == 3 * 4 * numbers + 3 * 4 * low
@@ -116,7 +117,8 @@ def test_a_prediction_adds_up():
 
 def test_rows_are_written_and_read_again(tmp_path):
     settings = [ladder.TINY, SMALL[1]]
-    write(tmp_path / "ladder.csv", settings, rounds=1)
+    write(tmp_path / "ladder.csv", [row | ladder.machine() for setting in settings
+                                    for row in measure(setting, rounds=1)])
     rows = read(tmp_path / "ladder.csv")
     assert {"cpu", "threads", "torch", "low", "high"} <= set(rows[0])
     assert [row["name"] for row in select(rows, **vars(SMALL[1]), kind="rung")] == list(RUNGS)
@@ -134,4 +136,4 @@ def test_the_kept_rows_are_those_of_the_settings():
 
 def test_a_measurement_covers_rungs_and_parts():
     names = {row["name"]: row for row in measure(SMALL[3], rounds=1)}
-    assert set(ladder.TOGETHER) < set(names) and names["frozen"]["ratio"] == 1
+    assert set(TOGETHER) < set(names) and names["frozen"]["ratio"] == 1
