@@ -66,6 +66,13 @@ What autograd keeps for backward, beside the parameters, for `256` tokens:
 
 {bytes}
 
+## A product of few columns
+
+The gradient of B (width `1024`), $g^T u$, as the transpose of $u^T g$: the time over that of the
+product itself. The library takes the transpose where it is the faster one here.
+
+{thin}
+
 ## Inference
 
 Without gradients, in float32. *Merged* is a `LoRALinear` whose update is in its weight; *replaced*
@@ -236,7 +243,9 @@ def missed(rows) -> str:
     frozen = one(rows, "frozen", what="model", dtype="bfloat16", targets="q, v")["ratio"]
     text = (f"How low can it go? In bfloat16 at width `2048`, the frozen layers alone take "
             f"{code(1 / peft, '.2f')} of PEFT's time, and the bare products of layers with adapters "
-            f"{code(alone, '.2f')} of the frozen layers'. In the language model, {code(frozen, '.2f')} "
+            f"{code(alone, '.2f')} of the frozen layers'. These products write into memory that is "
+            "there; a layer asks for new memory, casts A and B, and calls some twenty operators, and "
+            "that is most of what is left. In the language model, {code(frozen, '.2f')} "
             "of PEFT's step with adapters on q and v would be left if they took no time at all.")
     if behind := slower(rows):
         text += ("\n\nThe points where another is faster, beyond the noise:\n\n"
@@ -257,6 +266,17 @@ def matrix(rows, what, methods, keys, **where) -> str:
                         for v in point.values()), seconds(base["seconds"]),
                       *(code(c, ".2f") for c in cells)])
     return table([*keys, "frozen", *methods], lines)
+
+
+def thin(rows) -> str:
+    """A line for each dtype and number of tokens, a column for each rank."""
+    found = select(rows, what="thin", method="(u^T g)^T")
+    ranks = sorted({row["rank"] for row in found})
+    points = list(dict.fromkeys((row["dtype"], row["tokens"]) for row in found))
+    return table(["dtype", "tokens", *(f"rank {code(rank, '.0f')}" for rank in ranks)],
+                 [[dtype, code(n, ".0f"),
+                   *(code(one(found, "(u^T g)^T", dtype=dtype, tokens=n, rank=rank)["ratio"], ".2f")
+                     for rank in ranks)] for dtype, n in points])
 
 
 def picture(rows, path: Path) -> None:
@@ -329,7 +349,7 @@ def page(folder: Path, gpu_folder: Path | None = None) -> str:
                     [[dtype, code(size, ".0f"),
                       *(f"`{sizes[dtype, size, m] / 1e6:.2f}` MB" for m in methods)]
                      for dtype, size in points]),
-        inference=matrix(rows, "inference", ["merged", "merged and replaced", "lora_lib", "PEFT",
+        thin=thin(rows), inference=matrix(rows, "inference", ["merged", "merged and replaced", "lora_lib", "PEFT",
                                              "loralib"], ["size", "tokens"]),
         model=steps(rows),
         files=table(["", "lora_lib", "PEFT"],

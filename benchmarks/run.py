@@ -43,7 +43,7 @@ from lora_lib.torch import (LanguageModel, LanguageModelConfig, cross_entropy, i
 RESULTS = Path(__file__).parent / "results"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.float16 if DEVICE == "cuda" else torch.bfloat16
-BUDGET = 6.0        # seconds for the rounds of one point
+BUDGET = 3.0        # seconds for the rounds of one point
 
 
 def step_of(module: nn.Module, x: torch.Tensor, optimizer: bool = False):
@@ -70,11 +70,11 @@ def adamw(parameters: list[nn.Parameter], lr: float) -> torch.optim.AdamW:
 
 
 def compare(what: str, functions: dict, base: str, quick: bool, device: str = DEVICE,
-            **point) -> Iterator[Row]:
+            budget: float = BUDGET, **point) -> Iterator[Row]:
     """One row for each function: its median time, and the median of its ratios to `base`."""
     for graph in [False, True] if device == "cuda" else [False]:
         once = sum(sample(function) for function in functions.values())
-        rounds = 3 if quick else int(np.clip(BUDGET / once, 7, 200))
+        rounds = 3 if quick else int(np.clip(budget / once, 7, 200))
         taken = in_turn(functions, rounds, warmup=2, device=device, graph=graph)
         for name, seconds in taken.items():
             ratio = seconds / taken[base]
@@ -148,6 +148,17 @@ def shared(quick: bool) -> Iterator[Row]:
         steps["products"] = products(size, n, 8, dtype, 3)
         yield from compare("shared", steps, "frozen", quick, dtype=str(dtype)[6:], size=size,
                            rank=8, tokens=n)
+
+
+def thin(quick: bool) -> Iterator[Row]:
+    """dB = g^T u, (1024, rank): the product itself, and the transpose of u^T g, made contiguous."""
+    ranks, tokens = ([8], [16]) if quick else ([1, 4, 8, 16, 64], [1, 16, 128, 1024])
+    for dtype, rank, n in product([torch.float32, HALF], ranks, tokens):
+        g, u = (torch.randn(n, width).to(DEVICE, dtype) for width in (1024, rank))
+        pair = {"g^T u": lambda: torch.mm(g.t(), u),
+                "(u^T g)^T": lambda: torch.mm(u.t(), g).t().contiguous()}
+        yield from compare("thin", pair, "g^T u", quick, dtype=str(dtype)[6:], rank=rank, tokens=n,
+                           budget=0.5)
 
 
 def inference(quick: bool) -> Iterator[Row]:
@@ -299,7 +310,7 @@ def machine() -> dict[str, object]:
             "cuda": torch.version.cuda}
 
 
-PARTS = {part.__name__: part for part in (imports, numpy, files, model, shared, inference, layer)}
+PARTS = {part.__name__: part for part in (imports, numpy, files, model, shared, thin, inference, layer)}
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ def test_in_bfloat16_the_error_is_that_of_rounding(name):
 
 
 def test_the_last_rung_is_the_library_to_the_bit():
-    data = made(SMALL[1])
+    data = made(Setting(80, 64, 8))              # where the library transposes
     ours, theirs = (step(RUNGS[name], *data)() for name in ("transposed", "library"))
     assert torch.equal(ours[0][0], theirs[0][0])
     assert all(torch.equal(*pair) for pair in zip(ours[1], theirs[1]))
