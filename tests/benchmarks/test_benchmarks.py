@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from itertools import groupby
 
 import pytest
 import torch
@@ -42,8 +43,8 @@ def test_the_whole_command_on_small_points(tmp_path, monkeypatch):
     assert {row["what"] for row in rows} >= {"step", "forward", "optimizer", "shared", "inference",
                                              "model", "files", "numpy", "import"}
     assert all(0 < row["low"] <= row["seconds"] <= row["high"] for row in rows)
-    assert select(rows, method="frozen") and all(
-        row["ratio"] == 1 for row in select(rows, method="frozen"))
+    base = [row for row in select(rows, method="frozen") if row["what"] != "model"]
+    assert base and all(row["ratio"] == 1 for row in base)
     kept = read(tmp_path / "bytes.csv")
     bytes_of = {name: sum(row["bytes"] for row in select(kept, dtype="bfloat16", size=512,
                                                          method=name)) for name in ADAPTED}
@@ -98,8 +99,8 @@ def test_functions_are_timed_in_turn():
                      for name in "ab"}, rounds=4, warmup=1)
     assert {name: len(t) for name, t in times.items()} == {"a": 4, "b": 4}
     assert all((t > 0).all() for t in times.values())
-    order = "".join(dict.fromkeys(calls[-6:]))
-    assert set(order) == {"a", "b"}
+    turns = [name for name, _ in groupby(calls)]
+    assert turns.count("a") >= 3 <= turns.count("b")        # not all of one, then all of the other
 
 
 @pytest.mark.gpu

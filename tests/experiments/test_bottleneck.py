@@ -113,8 +113,8 @@ def planted(tmp_path, monkeypatch):
             match = 0.6 + 0.01 * p["seed"] - (behind + 0.001 * (p["seed"] % 2)) * (
                 p["method"] == BOTTLENECK)
             rows.append({"steps": 200} | p | {"match": match, "loss": 1 + far, "not linear": 0.3})
-        sweep._write(tmp_path / "bottleneck.csv", rows)
-        sweep._write(tmp_path / "bottleneck_speed.csv", [
+        sweep.write(tmp_path / "bottleneck.csv", rows)
+        sweep.write(tmp_path / "bottleneck_speed.csv", [
             {"seed": s, "LoRA merged": 1 + 0.01 * s, "bottleneck": 1.3 + 0.01 * s, "step": 0.8}
             for s in range(3)])
     return run

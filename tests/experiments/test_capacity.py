@@ -71,7 +71,7 @@ def planted(tmp_path, monkeypatch):
                 rows += [capacity._point(adapter, people, 1e-2, seed) | {
                     "known": holds(i, people) * offered + seed - 1, "offered": offered,
                     "parameters": 100} for seed in capacity.SEEDS]
-        sweep._write(tmp_path / "capacity.csv", rows)
+        sweep.write(tmp_path / "capacity.csv", rows)
     return plant
 
 

@@ -25,7 +25,7 @@ def plant(path, lowest=lambda point: 0.5):
         far = np.log2(point["lr"] / best(point))
         loss = lowest(point) + 0.01 * point["seed"] + 0.1 * far**2
         rows.append({"use_rslora": False} | point | {"loss": loss, "match": 1 - loss})
-    sweep._write(path / "hyperparameters.csv", rows)
+    sweep.write(path / "hyperparameters.csv", rows)
 
 
 @pytest.fixture

@@ -70,12 +70,12 @@ def test_the_verdicts_follow_what_was_measured(tmp_path, monkeypatch):
     times = sweep.read("latency")
     monkeypatch.setattr(sweep, "RESULTS", tmp_path)
     monkeypatch.setattr(mistakes, "RESULTS", tmp_path)
-    sweep._write(tmp_path / "latency.csv", times)
+    sweep.write(tmp_path / "latency.csv", times)
     usual = {"rank": 8, "lr": 1e-2, "steps": 400, "examples": 0}
 
     def run(points):
         rows = {str(row): row for row in (usual | point for point in points)}.values()
-        sweep._write(tmp_path / "mistakes.csv", [row | planted(row) for row in rows])
+        sweep.write(tmp_path / "mistakes.csv", [row | planted(row) for row in rows])
 
     for _ in range(3):
         run(mistakes.tuning())

@@ -29,9 +29,9 @@ def planted(tmp_path, monkeypatch):
         known = {str(row) for row, _ in rows}
         rows.extend((p, p | outcome((p["targets"], p["rank"]), p["seed"], p["lr"]))
                     for p in points if str(p) not in known)
-        sweep._write(tmp_path / "when.csv", [row for _, row in rows])
+        sweep.write(tmp_path / "when.csv", [row for _, row in rows])
 
-    sweep._write(tmp_path / "when_base.csv", [{"name": t, "loss": 5.0} for t in when.SETTING])
+    sweep.write(tmp_path / "when_base.csv", [{"name": t, "loss": 5.0} for t in when.SETTING])
     return run
 
 
