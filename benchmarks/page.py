@@ -245,7 +245,7 @@ def missed(rows) -> str:
             f"{code(1 / peft, '.2f')} of PEFT's time, and the bare products of layers with adapters "
             f"{code(alone, '.2f')} of the frozen layers'. These products write into memory that is "
             "there; a layer asks for new memory, casts A and B, and calls some twenty operators, and "
-            "that is most of what is left. In the language model, {code(frozen, '.2f')} "
+            f"that is most of what is left. In the language model, {code(frozen, '.2f')} "
             "of PEFT's step with adapters on q and v would be left if they took no time at all.")
     if behind := slower(rows):
         text += ("\n\nThe points where another is faster, beyond the noise:\n\n"
