@@ -214,7 +214,7 @@ def targets(rows, kept) -> list[tuple[str, str, bool]]:
                                                       method=name)) for name in ("lora_lib", "PEFT")}
     least = 256 * (2048 + 3 * 8) * 2
     share = sizes["lora_lib"] / sizes["PEFT"]
-    found += [("The same: x and x A^T are all that is kept for backward, a sixth of PEFT's",
+    found += [("The same: x and x A^T are all that is kept for backward, about a sixth of PEFT's",
                f"`{sizes['lora_lib'] / 1e6:.2f}` MB of `{sizes['PEFT'] / 1e6:.2f}` MB",
                sizes["lora_lib"] <= least and share <= 1 / 5.8)]
     merged = [row for row in select(rows, what="inference", method="merged and replaced")]
@@ -244,8 +244,8 @@ def missed(rows) -> str:
     text = (f"How low can it go? In bfloat16 at width `2048`, the frozen layers alone take "
             f"{code(1 / peft, '.2f')} of PEFT's time, and the bare products of layers with adapters "
             f"{code(alone, '.2f')} of the frozen layers'. These products write into memory that is "
-            "there; a layer asks for new memory, casts A and B, and calls some twenty operators, and "
-            f"that is most of what is left. In the language model, {code(frozen, '.2f')} "
+            "there; a layer also asks for new memory, adds biases, casts A and B, and goes "
+            f"through autograd, and that is the rest. In the language model, {code(frozen, '.2f')} "
             "of PEFT's step with adapters on q and v would be left if they took no time at all.")
     if behind := slower(rows):
         text += ("\n\nThe points where another is faster, beyond the noise:\n\n"
@@ -260,8 +260,7 @@ def matrix(rows, what, methods, keys, **where) -> str:
     lines = []
     for point in points:
         base = one(rows, "frozen", what=what, **where, **point)
-        cells = [row["ratio"] for m in methods
-                 for row in [one(rows, m, what=what, **where, **point)]]
+        cells = [one(rows, m, what=what, **where, **point)["ratio"] for m in methods]
         lines.append([*(code(v, ".0f") if isinstance(v, float) else str(v)
                         for v in point.values()), seconds(base["seconds"]),
                       *(code(c, ".2f") for c in cells)])

@@ -7,7 +7,7 @@ of, and writes results/ladder.csv: a few minutes on two cores. It is a measureme
 import argparse
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -246,4 +246,5 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=RESULTS / "ladder.csv")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    write(args.out, [row | machine() for setting in SETTINGS for row in measure(setting, args.rounds)])
+    write(args.out, [row | machine() for setting in SETTINGS
+                     for row in measure(setting, args.rounds)])

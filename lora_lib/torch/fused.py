@@ -1,6 +1,6 @@
 """One LoRA layer as one step of autograd: the same numbers as `LoRALayer.forward`, sooner.
 
-With g = dL/dy, u = scaling * x A^T, and v = scaling * g B, all of them n rows (Hu et al. 2021, eq. 3):
+With g = dL/dy, u = scaling * x A^T and v = scaling * g B, each n rows (Hu et al. 2021, eq. 3):
 
     y  = u B^T + b + x W^T          dA = v^T x          dx = v A + g W          dB = g^T u
 
