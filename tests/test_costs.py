@@ -132,7 +132,7 @@ TARGETS = [None, QV, ["v_proj"], ["o_proj"], ["up_proj"], "gate_proj", ["down_pr
 def build(kind, shape, dtype=torch.float32):
     if kind == "transformers":
         return hugging_face(shape).to(dtype)
-    from lora_lib.torch.language_model import LanguageModel, LanguageModelConfig
+    from lora_lib.models.tales import LanguageModel, LanguageModelConfig
     config = LanguageModelConfig(shape.vocab_size, shape.hidden_size, shape.intermediate_size,
                                  shape.num_layers, shape.num_heads)
     return LanguageModel(config, seed=0).to(dtype)
@@ -171,7 +171,7 @@ def test_parameters_are_those_of_transformers_model(shape):
 @pytest.mark.parametrize("kind", SHAPES)
 def test_memory_is_what_pytorch_holds(kind, target):
     """In float32 to the byte, on both implementations: the trace mirrors autograd exactly."""
-    from lora_lib.torch.memory import measure_memory
+    from lora_lib.tuning.memory import measure_memory
     shape, model, tokens, labels, step = prepared(kind, target)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     measured = measure_memory(model, tokens, labels)
@@ -187,7 +187,7 @@ def test_memory_is_what_pytorch_holds(kind, target):
 @pytest.mark.parametrize("kind", SHAPES)
 def test_memory_beside_a_bfloat16_base(kind, target):
     """The same: no bfloat16 copies of A and B are kept."""
-    from lora_lib.torch.memory import measure_memory
+    from lora_lib.tuning.memory import measure_memory
     shape, model, tokens, labels, step = prepared(kind, target, torch.bfloat16)
     measured, expected = measure_memory(model, tokens, labels), memory(shape, **step)
     for part in ("weights", "gradients", "optimizer", "activations"):
@@ -196,7 +196,7 @@ def test_memory_beside_a_bfloat16_base(kind, target):
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_full_fine_tuning_in_bfloat16(kind):
-    from lora_lib.torch.memory import measure_memory
+    from lora_lib.tuning.memory import measure_memory
     shape, model, tokens, labels, step = prepared(kind, None, torch.bfloat16)
     measured = measure_memory(model, tokens, labels)
     expected = memory(shape, trainable_bytes=2, **step)
@@ -211,7 +211,7 @@ def test_flops_are_what_pytorch_counts(kind, target):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from lora_lib.torch.training import cross_entropy
+    from lora_lib.tuning.loop import cross_entropy
     shape, model, tokens, labels, step = prepared(kind, target)
     # PyTorch's counter does not know the CPU's fused attention; it sees the plain one's products.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -223,7 +223,7 @@ def test_flops_are_what_pytorch_counts(kind, target):
 
 def test_adapter_and_checkpoint_files_hold_these_bytes(tmp_path):
     from lora_lib.torch.checkpoint import save_adapter
-    from lora_lib.torch.training import fine_tune
+    from lora_lib.tuning.loop import fine_tune
     shape, model, tokens, labels, step = prepared("LanguageModel", QV)
     path = tmp_path / "run.safetensors"
     fine_tune(model, (tokens, labels), steps=1, batch_size=2, checkpoint=path, progress=False)
@@ -244,7 +244,7 @@ def test_adapter_and_checkpoint_files_hold_these_bytes(tmp_path):
 
 
 def test_measuring_a_frozen_model_is_refused():
-    from lora_lib.torch.memory import measure_memory
+    from lora_lib.tuning.memory import measure_memory
     with pytest.raises(ValueError, match="nothing is trainable"):
         measure_memory(torch.nn.Linear(2, 2).requires_grad_(False), torch.ones(1, 2), None)
 
@@ -252,7 +252,7 @@ def test_measuring_a_frozen_model_is_refused():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_on_a_gpu_the_peak_holds_all_parts():
-    from lora_lib.torch.memory import measure_memory
+    from lora_lib.tuning.memory import measure_memory
     _, model, tokens, labels, _ = prepared("LanguageModel", QV)
     measured = measure_memory(model.cuda(), tokens.cuda(), labels.cuda())
     assert measured.peak >= measured.weights + measured.activations

@@ -17,7 +17,7 @@ from lora_lib.experiments.sweep import RESULTS, Row, column, main, read, select,
 from lora_lib.experiments.trial import TARGETS, base, bits_known
 from lora_lib.tasks import BITS_PER_PERSON, biographies
 from lora_lib.torch import fine_tune, inject, warmup_cosine
-from lora_lib.torch.language_model import rotary, rotate
+from lora_lib.models.tales import rotary, rotate
 
 # What is trained: (targets, rank, the first layer that is adapted); alpha is 2 * rank.
 FULL = ("full", 0, 3)

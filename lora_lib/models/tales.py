@@ -190,71 +190,12 @@ class LanguageModel(nn.Module):
         return tokens
 
 
-def complete(model: nn.Module, tokenizer: Tokenizer, prompt: str, max_new_tokens: int = 40,
-             **options) -> str:
-    """How the model goes on after `prompt`, up to a newline or the end of the text.
-
-    `options` are `generate`'s temperature and seed.
-    """
-    newline = tokenizer.encode("\n")[0]
-    start = [tokenizer.end, *tokenizer.encode(prompt)]
-    tokens = torch.tensor([start], device=next(model.parameters()).device)
-    tokens = model.generate(tokens, max_new_tokens, stop=(tokenizer.end, newline), **options)
-    return tokenizer.decode(tokens[0, len(start):].tolist())
-
-
-def exact_match(model: nn.Module, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]],
-                batch_size: int = 256) -> float:
-    """The share of pairs (prompt, answer) whose whole answer greedy decoding would produce.
-
-    One forward pass over prompt and answer is enough. Greedy decoding writes the answer if and
-    only if each of its tokens is the likeliest after the prompt and the answer's tokens before
-    it, and these are just the positions that the pass has computed.
-    """
-    right = 0
-    for logits, labels in _passes(model, tokenizer, pairs, batch_size):
-        right += ((logits.argmax(-1) == labels) | (labels == -100)).all(dim=1).sum().item()
-    return right / len(pairs)
-
-
-def mean_loss(model: nn.Module, tokenizer: Tokenizer, examples: Sequence[str | tuple[str, str]],
-              batch_size: int = 256) -> float:
-    """The cross-entropy in nats per token: of whole texts, or of the answers in pairs."""
-    total = count = 0
-    for logits, labels in _passes(model, tokenizer, examples, batch_size):
-        total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
-        count += (labels != -100).sum().item()
-    return total / count
-
-
-def _passes(model, tokenizer, examples, batch_size):
-    """Logits and labels of all examples, a batch at a time."""
-    if not examples:
-        raise ValueError("there must be at least one example, got none")
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    try:
-        for start in range(0, len(examples), batch_size):
-            inputs, labels = (torch.from_numpy(array).to(device) for array in
-                              tokenizer.batch(examples[start:start + batch_size]))
-            with torch.no_grad():
-                outputs = model(inputs)
-            yield getattr(outputs, "logits", outputs), labels
-    finally:
-        model.train(training)
-
-
-def load_pretrained(name: str = "tales", dtype: torch.dtype = torch.float32,
-                    device: str | torch.device = "cpu") -> LanguageModel:
-    """The pretrained model `name` in eval mode, with its `tokenizer` and its `pretraining` record.
+def load(path: Path = WEIGHTS / "tales.safetensors") -> LanguageModel:
+    """The pretrained model with its `tokenizer` and its `pretraining` record, in float32.
 
     The weights are stored in bfloat16, which float32 and float64 hold exactly. Raises ValueError
-    for an unknown name, or if the word lists have changed since the weights were trained.
+    if the word lists have changed since the weights were trained.
     """
-    path = WEIGHTS / f"{name}.safetensors"
-    names = sorted(p.stem for p in WEIGHTS.glob("*.safetensors"))
-    if name not in names:
-        raise ValueError(f"name must be one of {names}, got {name!r}")
     with safe_open(path, framework="pt") as file:
         record = {key: json.loads(value) for key, value in file.metadata().items()}
         weights = {key: file.get_tensor(key) for key in file.keys()}
@@ -265,4 +206,4 @@ def load_pretrained(name: str = "tales", dtype: torch.dtype = torch.float32,
     model = LanguageModel(LanguageModelConfig(**record.pop("config")), seed=0)
     model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
     model.tokenizer, model.pretraining = tokenizer, record
-    return model.to(device, dtype).eval()
+    return model.eval()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lora_lib.torch import lora_modules, merge, save_adapter
-from lora_lib.torch.instruct import (PLAIN, answer_loss, encode, instruction_tune, load_causal,
-                                     prompt_ids, read_pairs, reply)
+from lora_lib.tuning.data import PLAIN, encode, instruction_tune, prompt_ids, read_pairs
+from lora_lib.tuning.evaluation import answer_loss, reply
 
 PAIRS = [("Say red", "A rose."), ("Say blue", "The sky is."), ("Say green", "Grass"),
          ("Say white", "Snow in May.")]
@@ -158,22 +158,3 @@ def test_training_on_a_gpu(kind, precision):
                      progress=False)
     assert answer_loss(model, data) < 0.8 * before
     assert reply(model, byte_tokenizer(CHAT), "Say red", max_new_tokens=4) is not None
-
-
-# --- loading ------------------------------------------------------------------------------------
-
-def test_a_folder_loads_as_the_hub_would(tmp_path):
-    base = causal("llama")
-    base.to(torch.bfloat16).save_pretrained(tmp_path)
-    byte_tokenizer(CHAT).save_pretrained(tmp_path)
-    model, tokenizer = load_causal(str(tmp_path), "cpu")
-    assert {p.dtype for p in model.parameters()} == {torch.float32} and not model.training
-    assert tokenizer.decode(prompt_ids(tokenizer, "Hi")) == "<user>Hi<assistant>"
-
-
-def test_without_a_gpu_or_the_hub_it_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match="needs a GPU"):
-        load_causal("some/model")
-    with pytest.raises(OSError):
-        load_causal(str(tmp_path / "nothing"), "cpu")

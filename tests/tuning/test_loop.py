@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lora_lib.torch import training
 from lora_lib.torch.inject import inject, lora_parameters, merge
-from lora_lib.torch.training import cross_entropy, fine_tune, warmup_cosine
+from lora_lib.tuning import loop
+from lora_lib.tuning.loop import cross_entropy, fine_tune, warmup_cosine
 
 gpu = pytest.mark.gpu
 
@@ -371,7 +371,7 @@ def test_the_checkpoint_holds_what_is_trained_and_nothing_frozen(tmp_path):
 
 
 def test_written_every_so_many_steps_and_at_the_end(tmp_path, monkeypatch):
-    from lora_lib.torch.resume import TrainingRun
+    from lora_lib.tuning.resume import TrainingRun
     written, save = [], TrainingRun.save
     monkeypatch.setattr(TrainingRun, "save", lambda self, path: (written.append(len(self.losses)),
                                                                  save(self, path)))
@@ -382,8 +382,8 @@ def test_written_every_so_many_steps_and_at_the_end(tmp_path, monkeypatch):
 PROGRAM = """
 import os, signal, sys, torch
 sys.path.insert(0, {tests!r})
-from test_training import adapted, examples, run, state
-from lora_lib.torch import training
+from lora_lib.tuning import loop
+from test_loop import adapted, examples, run, state
 from safetensors.torch import save_file
 path, die_after, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 print("ready", flush=True)
@@ -393,7 +393,7 @@ def loss(outputs, labels):
     calls += 1
     if calls > die_after:
         os.kill(os.getpid(), signal.SIGKILL)
-    return training.cross_entropy(outputs, labels)
+    return loop.cross_entropy(outputs, labels)
 model = adapted(dropout=0.5)
 losses = run(model, steps=20, loss=loss, checkpoint=path, checkpoint_every=3)
 save_file(state(model) | {{"losses": torch.tensor(losses, dtype=torch.float64)}}, out)
@@ -594,7 +594,7 @@ def test_models_that_cannot_be_trained():
 
 def test_progress_shows_the_loss_and_can_be_silent(capfd, monkeypatch):
     # What a person sees, also where TQDM_DISABLE was set before tqdm was imported.
-    monkeypatch.setattr(training, "tqdm", functools.partial(training.tqdm, disable=False))
+    monkeypatch.setattr(loop, "tqdm", functools.partial(loop.tqdm, disable=False))
     losses = run(network(), progress=True, steps=3)
     shown = capfd.readouterr().err
     assert "3/3" in shown or "2/3" in shown or "0/3" in shown

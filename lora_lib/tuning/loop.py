@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_lib.torch.linear import stored_weights
-from lora_lib.torch.resume import TrainingRun, fingerprint
+from lora_lib.tuning.resume import TrainingRun, fingerprint
 
 
 def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_lib.costs import Memory
 from lora_lib.torch.linear import stored_weights
-from lora_lib.torch.training import cross_entropy
+from lora_lib.tuning.loop import cross_entropy
 
 
 @dataclass(frozen=True)

@@ -8,23 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_lib.torch.inject import inject
-from lora_lib.torch.training import cross_entropy, fine_tune, warmup_cosine
+from lora_lib.tuning.loop import fine_tune, warmup_cosine
 
 PLAIN = "### Instruction:\n{}\n\n### Response:\n"            # for a tokenizer without a template
 
 Pair = tuple[str, str]                                       # a prompt and its answer
-
-
-def load_causal(name: str, device: str = "cuda") -> tuple[nn.Module, object]:
-    """A causal model and its tokenizer, by a name on the hub or a folder, in float32 on `device`.
-
-    Raises RuntimeError if there is no such device, OSError if the hub cannot be reached.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("it needs a GPU, and torch finds none")
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    return AutoModelForCausalLM.from_pretrained(name).float().to(device).eval(), tokenizer
 
 
 def read_pairs(path: str | os.PathLike, *, longest: int = 400) -> list[Pair]:
@@ -88,25 +76,3 @@ def instruction_tune(model: nn.Module, data: tuple[Tensor, Tensor], *, rank: int
     schedule = warmup_cosine(steps, warmup=steps // 20)
     return fine_tune(model, data, steps=steps, batch_size=batch_size, lr=lr, schedule=schedule,
                      seed=seed, **options)
-
-
-@torch.no_grad()
-def answer_loss(model: nn.Module, data: tuple[Tensor, Tensor], *, batch_size: int = 8) -> float:
-    """The mean loss of the answers' tokens, in nats; every token counts the same."""
-    device = next(model.parameters()).device
-    total = count = 0
-    for inputs, labels in zip(*(tensor.to(device).split(batch_size) for tensor in data)):
-        known = int((labels != -100).sum())
-        total += cross_entropy(model(inputs), labels).item() * known
-        count += known
-    return total / count
-
-
-@torch.no_grad()
-def reply(model: nn.Module, tokenizer, prompt: str, *, max_new_tokens: int = 60) -> str:
-    """The model's own answer to a prompt: the likeliest token each time, up to the end mark."""
-    ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=next(model.parameters()).device)
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                         max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
-                         pad_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()

