@@ -1,78 +1,161 @@
-"""Instruction tuning of a causal model of transformers': pairs to batches, adapters, answers."""
+"""From prompts and answers to tokens: the model's own template, loss on the answers alone."""
 
-import json
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lora_lib.torch.inject import inject
-from lora_lib.tuning.loop import fine_tune, warmup_cosine
+Message = dict[str, str]                                     # {"role": ..., "content": ...}
+Example = str | tuple[str, str] | list[Message]              # a text, a pair, a conversation
 
-PLAIN = "### Instruction:\n{}\n\n### Response:\n"            # for a tokenizer without a template
+# For a tokenizer without a template of its own.
+PLAIN = ("{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + eos_token }}\n\n"
+         "{% elif m.role == 'system' %}{{ m.content }}\n\n"
+         "{% else %}### Instruction:\n{{ m.content }}\n\n### Response:\n{% endif %}{% endfor %}")
 
-Pair = tuple[str, str]                                       # a prompt and its answer
 
+@dataclass(frozen=True)
+class Rows:
+    """Token rows of many lengths, for `fine_tune`: a row's labels are the tokens that come next.
 
-def read_pairs(path: str | os.PathLike, *, longest: int = 400) -> list[Pair]:
-    """(instruction, response) of each line of a JSON Lines file in the format of Dolly 15k.
-
-    Lines with a `context`, and those of more than `longest` characters, are left out.
+    `inputs` and `labels` hold one tensor (length,) a row; a label of -100 is not learned. `pad`
+    fills a batch up on the right, where a causal model never looks. `cut` and `dropped` are the
+    numbers of the examples whose end was cut off, and of those that had no room for an answer.
     """
-    with open(path, encoding="utf8") as file:
-        rows = [json.loads(line) for line in file if line.strip()]
-    pairs = [(row["instruction"].strip(), row["response"].strip()) for row in rows
-             if not row.get("context")]
-    return [pair for pair in pairs if all(pair) and sum(map(len, pair)) <= longest]
+
+    inputs: list[Tensor]
+    labels: list[Tensor]
+    pad: int
+    cut: tuple[int, ...] = ()
+    dropped: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def lengths(self) -> Tensor:
+        """The number of tokens of every row (n,)."""
+        return torch.tensor([len(row) for row in self.inputs])
+
+    def batch(self, numbers: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and labels (batch, longest) of the rows with these numbers."""
+        filled = lambda rows, value: nn.utils.rnn.pad_sequence(
+            [rows[int(i)] for i in numbers], batch_first=True, padding_value=value)
+        return filled(self.inputs, self.pad), filled(self.labels, -100)
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Inputs and labels (n, longest) of all rows."""
+        return self.batch(range(len(self)))
+
+    def __str__(self) -> str:
+        learned = sum(int((row != -100).sum()) for row in self.labels)
+        text = (f"{len(self):,} rows of {int(self.lengths.min())} to {int(self.lengths.max())} "
+                f"tokens, {learned:,} of {int(self.lengths.sum()):,} learned")
+        if self.cut:
+            text += f"; {len(self.cut)} cut off (the first is number {self.cut[0]})"
+        if self.dropped:
+            text += (f"; {len(self.dropped)} left out, no room for an answer "
+                     f"(the first is number {self.dropped[0]})")
+        return text
 
 
-def prompt_ids(tokenizer, prompt: str) -> list[int]:
-    """What stands before the answer, as tokens: in the model's chat template if it has one."""
-    template = getattr(tokenizer, "chat_template", None)
-    text = PLAIN.format(prompt) if not template else tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=not template)["input_ids"]
+def conversation(example: Example) -> list[Message]:
+    """A pair as two messages; a conversation as it is."""
+    if isinstance(example, tuple):
+        prompt, answer = example
+        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return example
 
 
-def encode(tokenizer, pairs: Iterable[Pair], *, length: int = 256) -> tuple[Tensor, Tensor]:
-    """Inputs and labels (n, at most `length`) for `fine_tune`; the label is the next token.
+def prompt_ids(tokenizer, prompt: str | list[Message]) -> list[int]:
+    """What stands before an answer, as tokens: a prompt, or messages, in the model's template."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return _ids(tokenizer, _rendered(tokenizer, messages, ask=True), first=True)
 
-    The prompt's and the padding's labels are -100: only the answer is learned, and the end mark
-    behind it. Padding stands on the right, where a causal model never looks, so no mask is needed.
-    An answer is cut at `length`. Raises ValueError for a prompt that leaves no room for one, for no
-    pairs at all, or for a tokenizer without an end mark.
+
+def encode(tokenizer, examples: Iterable[Example], *, length: int = 1024) -> Rows:
+    """Rows of at most `length` tokens for `fine_tune`.
+
+    In a pair or a conversation the answers are learned, each with the mark that ends it; of a
+    plain text every token but the first is. The words around the messages come from the
+    tokenizer's chat template, and what stands before an answer is cut into tokens as `prompt_ids`
+    does, as it will be when the model is asked. An answer is cut off at `length`; an example
+    without room for any is left out; both are counted in the rows.
+
+    Raises ValueError, with the number of the example, for one that holds no answer, or that the
+    template cannot write; for no example at all, or none with room; for a tokenizer without an end
+    mark.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token: the model could not learn where to stop")
-    rows = []
-    for prompt, answer in pairs:
-        before = prompt_ids(tokenizer, prompt)
-        if len(before) >= length:
-            raise ValueError(f"length = {length} leaves no room behind a prompt of {len(before)} "
-                             f"tokens: {prompt[:40]!r}")
-        after = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        ids = (before + after)[:length + 1]
-        rows.append((ids[:-1], [-100] * (len(before) - 1) + ids[len(before):]))
-    if not rows:
-        raise ValueError("expected at least one pair, got none")
-    pad = lambda lists, value: nn.utils.rnn.pad_sequence(
-        [torch.tensor(row) for row in lists], batch_first=True, padding_value=value)
-    inputs, labels = zip(*rows)
-    return pad(inputs, tokenizer.eos_token_id), pad(labels, -100)
+    inputs, labels, cut, dropped = [], [], [], []
+    number, longest = -1, 0
+    for number, example in enumerate(examples):
+        try:
+            ids, learned = (_text_ids if isinstance(example, str) else _chat_ids)(tokenizer, example)
+        except ValueError as error:
+            raise ValueError(f"example {number}: {error}") from error
+        if not any(learned[:length + 1]):
+            dropped.append(number)
+            longest = max(longest, learned.index(True))
+            continue
+        if len(ids) > length + 1:
+            cut.append(number)
+        inputs.append(torch.tensor(ids[:length + 1][:-1]))
+        labels.append(torch.tensor([i if yes else -100 for i, yes in
+                                    zip(ids[1:length + 1], learned[1:])]))
+    if number < 0:
+        raise ValueError("expected at least one example, got none")
+    if not inputs:
+        raise ValueError(f"length = {length} leaves no room for an answer in any of the "
+                         f"{number + 1} examples; the longest prompt has {longest} tokens")
+    return Rows(inputs, labels, tokenizer.eos_token_id, tuple(cut), tuple(dropped))
 
 
-def instruction_tune(model: nn.Module, data: tuple[Tensor, Tensor], *, rank: int = 16,
-                     alpha: float = 32, targets: str | list[str] = "all-linear",
-                     lr: float = 5e-4, steps: int = 200, batch_size: int = 8, seed: int = 0,
-                     **options) -> list[float]:
-    """Put adapters into a causal model and train them on what `encode` gave; every step's loss.
+def _text_ids(tokenizer, text):
+    """A plain text with its end mark, all of it learned but the first token."""
+    if not text.strip():
+        raise ValueError("the text is empty")
+    ids = _ids(tokenizer, text, first=True) + [tokenizer.eos_token_id]
+    return ids, [False] + [True] * (len(ids) - 1)
 
-    `options` are `fine_tune`'s. Its precision "auto" is bfloat16 on a GPU that has it and float16
-    with a scaled loss on one that has not, such as a T4. Load the base in float32 for either: its
-    weights are cast as they are used, and sums between the layers stay exact.
-    """
-    inject(model, targets, rank, alpha, seed=seed)
-    schedule = warmup_cosine(steps, warmup=steps // 20)
-    return fine_tune(model, data, steps=steps, batch_size=batch_size, lr=lr, schedule=schedule,
-                     seed=seed, **options)
+
+def _chat_ids(tokenizer, example):
+    """A conversation's tokens, and which of them are learned: each answer up to its end mark."""
+    messages = conversation(example)
+    ids, learned, done = [], [], ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _rendered(tokenizer, messages[:i], ask=True)
+        whole = _rendered(tokenizer, messages[:i + 1], ask=False)
+        if not (before.startswith(done) and whole.startswith(before)):
+            raise ValueError("the chat template does not write a conversation turn by turn, so "
+                             f"the answer in message {i} cannot be told from the rest")
+        prompt = _ids(tokenizer, before[len(done):], first=not done)
+        answer = _ids(tokenizer, whole[len(before):], first=False)
+        end = tokenizer.eos_token_id
+        stop = answer.index(end) + 1 if end in answer else len(answer)
+        said = answer[:stop] if end in answer else answer + [end]
+        last = not any(m["role"] == "assistant" for m in messages[i + 1:])
+        after = [] if last else answer[stop:]
+        ids += prompt + said + after
+        learned += [False] * len(prompt) + [True] * len(said) + [False] * len(after)
+        done = whole
+    if not any(learned):
+        raise ValueError("there is no answer in it: no message has the role 'assistant'")
+    return ids, learned
+
+
+def _rendered(tokenizer, messages, ask):
+    """Messages in the tokenizer's template, up to where an answer begins if we `ask`."""
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=ask,
+        chat_template=getattr(tokenizer, "chat_template", None) or PLAIN)
+
+
+def _ids(tokenizer, text, first):
+    """A template writes the begin mark itself; without one, the tokenizer puts it first."""
+    alone = first and not getattr(tokenizer, "chat_template", None)
+    return tokenizer(text, add_special_tokens=alone)["input_ids"]

@@ -1,19 +1,20 @@
 """How good is a language model? Losses, right answers, and what it says."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lib.text import Tokenizer
-from lora_lib.tuning.data import prompt_ids
-from lora_lib.tuning.loop import cross_entropy
+from lora_lib.tuning.data import Example, Message, Rows, encode, prompt_ids
+from lora_lib.tuning.head import Causal, logits_at_labels
 
 
 def complete(model: nn.Module, tokenizer: Tokenizer, prompt: str, max_new_tokens: int = 40,
              **options) -> str:
-    """How the model goes on after `prompt`, up to a newline or the end of the text.
+    """How the course's small model goes on after `prompt`, up to a newline or the text's end.
 
     `options` are `generate`'s temperature and seed.
     """
@@ -24,64 +25,96 @@ def complete(model: nn.Module, tokenizer: Tokenizer, prompt: str, max_new_tokens
     return tokenizer.decode(tokens[0, len(start):].tolist())
 
 
-def exact_match(model: nn.Module, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]],
+def exact_match(model: nn.Module, tokenizer, examples: Sequence[Example] | Rows,
                 batch_size: int = 256) -> float:
-    """The share of pairs (prompt, answer) whose whole answer greedy decoding would produce.
+    """The share of examples, such as pairs (prompt, answer), whose whole answer greedy decoding
+    would produce.
 
     One forward pass over prompt and answer is enough. Greedy decoding writes the answer if and
     only if each of its tokens is the likeliest after the prompt and the answer's tokens before
     it, and these are just the positions that the pass has computed.
     """
-    right = 0
-    for logits, labels in _passes(model, tokenizer, pairs, batch_size):
-        right += ((logits.argmax(-1) == labels) | (labels == -100)).all(dim=1).sum().item()
-    return right / len(pairs)
+    wrong = set()
+    rows = _rows(tokenizer, examples)
+    for numbers, logits, labels in _passes(model, rows, batch_size):
+        wrong |= set(numbers[logits.argmax(-1) != labels].tolist())
+    return 1 - len(wrong) / len(rows)
 
 
-def mean_loss(model: nn.Module, tokenizer: Tokenizer, examples: Sequence[str | tuple[str, str]],
+def mean_loss(model: nn.Module, tokenizer, examples: Sequence[Example] | Rows,
               batch_size: int = 256) -> float:
     """The cross-entropy in nats per token: of whole texts, or of the answers in pairs."""
     total = count = 0
-    for logits, labels in _passes(model, tokenizer, examples, batch_size):
-        total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
-        count += (labels != -100).sum().item()
+    for _, logits, labels in _passes(model, _rows(tokenizer, examples), batch_size):
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total += F.cross_entropy(logits, labels, reduction="sum").item()
+        count += len(labels)
     return total / count
 
 
-def _passes(model, tokenizer, examples, batch_size):
-    """Logits and labels of all examples, a batch at a time."""
-    if not examples:
+def replies(model: nn.Module, tokenizer, prompts: Sequence[str | list[Message]], *,
+            max_new_tokens: int = 60, batch_size: int = 16, skip_special_tokens: bool = True
+            ) -> list[str]:
+    """A causal model's own answers: the likeliest token each time, up to the end mark.
+
+    A prompt is a text or the messages of a conversation so far. Prompts of like length are
+    answered together, with padding on the left that the model does not see.
+    """
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    said, device = {}, next(model.parameters()).device
+    with _evaluating(model):
+        for start in range(0, len(order), batch_size):
+            some = order[start:start + batch_size]
+            longest = max(len(ids[i]) for i in some)
+            fill = [[0] * (longest - len(ids[i])) for i in some]
+            tokens = torch.tensor([f + ids[i] for f, i in zip(fill, some)], device=device)
+            real = torch.tensor([f + [1] * len(ids[i]) for f, i in zip(fill, some)], device=device)
+            out = model.generate(input_ids=tokens, attention_mask=real, do_sample=False,
+                                 max_new_tokens=max_new_tokens, top_p=None, temperature=None,
+                                 eos_token_id=tokenizer.eos_token_id,
+                                 pad_token_id=tokenizer.eos_token_id)
+            for i, row in zip(some, out[:, longest:]):
+                text = tokenizer.decode(row, skip_special_tokens=skip_special_tokens)
+                said[i] = text.strip()
+    return [said[i] for i in range(len(ids))]
+
+
+def reply(model: nn.Module, tokenizer, prompt: str | list[Message], **options) -> str:
+    """`replies` to one prompt."""
+    return replies(model, tokenizer, [prompt], **options)[0]
+
+
+def _rows(tokenizer, examples) -> Rows:
+    """The examples as rows: by the small model's tokenizer, or by one of transformers'."""
+    if isinstance(examples, Rows):
+        return examples
+    if not len(examples):
         raise ValueError("there must be at least one example, got none")
-    training, device = model.training, next(model.parameters()).device
+    if not hasattr(tokenizer, "batch"):
+        return encode(tokenizer, examples)
+    inputs, labels = (torch.from_numpy(array) for array in tokenizer.batch(examples))
+    return Rows(list(inputs), list(labels), tokenizer.end)
+
+
+def _passes(model, rows, batch_size) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Row numbers, logits and labels of all labelled positions, rows of like length together."""
+    device, order = next(model.parameters()).device, rows.lengths.argsort(stable=True)
+    causal = Causal.of(model)
+    with _evaluating(model):
+        for numbers in order.split(batch_size):
+            inputs, labels = (tensor.to(device) for tensor in rows.batch(numbers))
+            for logits, some, where in logits_at_labels(model, causal, inputs, labels):
+                yield numbers[where.cpu()], logits, some
+
+
+@contextmanager
+def _evaluating(model):
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for start in range(0, len(examples), batch_size):
-            inputs, labels = (torch.from_numpy(array).to(device) for array in
-                              tokenizer.batch(examples[start:start + batch_size]))
-            with torch.no_grad():
-                outputs = model(inputs)
-            yield getattr(outputs, "logits", outputs), labels
+        with torch.no_grad():
+            yield
     finally:
-        model.train(training)
-
-
-@torch.no_grad()
-def answer_loss(model: nn.Module, data: tuple[Tensor, Tensor], *, batch_size: int = 8) -> float:
-    """The mean loss of the answers' tokens, in nats; every token counts the same."""
-    device = next(model.parameters()).device
-    total = count = 0
-    for inputs, labels in zip(*(tensor.to(device).split(batch_size) for tensor in data)):
-        known = int((labels != -100).sum())
-        total += cross_entropy(model(inputs), labels).item() * known
-        count += known
-    return total / count
-
-
-@torch.no_grad()
-def reply(model: nn.Module, tokenizer, prompt: str, *, max_new_tokens: int = 60) -> str:
-    """The model's own answer to a prompt: the likeliest token each time, up to the end mark."""
-    ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=next(model.parameters()).device)
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                         max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
-                         pad_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
+        for module, mode in modes.items():
+            module.training = mode

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_lib.torch.linear import stored_weights
+from lora_lib.tuning.data import Rows
+from lora_lib.tuning.head import Causal
 from lora_lib.tuning.resume import TrainingRun, fingerprint
 
 
@@ -40,7 +42,7 @@ def warmup_cosine(steps: int, warmup: int = 0, final: float = 0.0) -> Callable[[
     return schedule
 
 
-def fine_tune(model: nn.Module, data: tuple[Tensor, ...], *, steps: int, batch_size: int = 16,
+def fine_tune(model: nn.Module, data: tuple[Tensor, ...] | Rows, *, steps: int, batch_size: int = 16,
               lr: float = 1e-3, weight_decay: float = 0.0, max_grad_norm: float | None = 1.0,
               schedule: Callable[[int], float] | None = None,
               loss: Callable[..., Tensor] = cross_entropy, precision: str = "auto",
@@ -52,6 +54,8 @@ def fine_tune(model: nn.Module, data: tuple[Tensor, ...], *, steps: int, batch_s
     data       (inputs, labels): tensors of one length n; the loss is loss(model(inputs), labels).
                Every step takes `batch_size` rows of a seeded permutation of the n, renewed when
                it runs out. The data stay where they are; batches move to the model's device.
+               Or `Rows`, of many lengths: rows of like length then share a batch, and a causal
+               model of transformers computes its loss where there are labels (tuning/head.py).
     schedule   the learning rate of a step is lr * schedule(step), with steps counted from 0;
                None keeps it at lr.
     max_grad_norm   gradients are scaled down to this norm; None leaves them as they are.
@@ -73,7 +77,10 @@ def fine_tune(model: nn.Module, data: tuple[Tensor, ...], *, steps: int, batch_s
     trainable = _trainable(model)
     device = trainable[0].device
     precision = _precision(precision, device, trainable)
-    rows_of = _batches(_length(data, batch_size), batch_size, seed)
+    ragged = isinstance(data, Rows)
+    rows_of = _batches(_length(data, batch_size), batch_size, seed,
+                       data.lengths if ragged else None)
+    causal = Causal.of(model) if ragged and loss is cross_entropy else None
     schedule = schedule or (lambda step: 1.0)
     path = _checkpoint_path(checkpoint)
     optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay)
@@ -81,7 +88,7 @@ def fine_tune(model: nn.Module, data: tuple[Tensor, ...], *, steps: int, batch_s
     run = TrainingRun(model, optimizer, scaler, device, settings={} if path is None else {
         "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
         "max_grad_norm": max_grad_norm, "precision": precision, "seed": seed,
-        "device": device.type, "data": fingerprint(dict(enumerate(data))),
+        "device": device.type, "data": _fingerprint(data),
         "frozen weights": fingerprint({name: t for name, t in stored_weights(model).items()
                                        if not t.requires_grad})})
 
@@ -93,9 +100,10 @@ def fine_tune(model: nn.Module, data: tuple[Tensor, ...], *, steps: int, batch_s
         bar = tqdm(islice(rows_of, start, steps), initial=start, total=steps, unit="step",
                    leave=False, **hidden)
         for step, rows in enumerate(bar, start):
-            *inputs, labels = (tensor[rows.to(tensor.device)].to(device) for tensor in data)
+            *inputs, labels = (t.to(device) for t in (
+                data.batch(rows) if ragged else [t[rows.to(t.device)] for t in data]))
             with _autocast(precision, device):
-                value = loss(model(*inputs), labels)
+                value = causal.loss(*inputs, labels) if causal else loss(model(*inputs), labels)
             run.losses.append(_finite(value, step))
             run.factors.append(_set_lr(optimizer, lr, schedule, step))
             optimizer.zero_grad()
@@ -112,14 +120,24 @@ def fine_tune(model: nn.Module, data: tuple[Tensor, ...], *, steps: int, batch_s
     return run.losses
 
 
-def _batches(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Row numbers, `batch_size` at a time, from one seeded permutation of n after another."""
+def _batches(n: int, batch_size: int, seed: int,
+             lengths: Tensor | None = None) -> Iterator[Tensor]:
+    """Row numbers, `batch_size` at a time, from one seeded permutation of n after another.
+
+    With `lengths`, the rows of every few batches are sorted by length, so that little of a batch is
+    padding, and the batches shuffled again.
+    """
     generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
+    together = 1 if lengths is None else min(16, max(1, n // batch_size))
     while True:
-        if len(order) < batch_size:          # the rest of an epoch goes into the next batch
+        while len(order) < batch_size * together:    # the rest of an epoch goes into the next batch
             order = torch.cat([order, torch.randperm(n, generator=generator)])
-        yield order[:batch_size]
-        order = order[batch_size:]
+        some, order = order[:batch_size * together], order[batch_size * together:]
+        if lengths is None:
+            yield some
+        else:
+            batches = some[lengths[some].argsort(stable=True)].split(batch_size)
+            yield from (batches[i] for i in torch.randperm(together, generator=generator))
 
 
 @contextmanager
@@ -197,6 +215,13 @@ def _trainable(model):
 
 
 def _length(data, batch_size):
+    if isinstance(data, Rows):
+        if not any((labels != -100).any() for labels in data.labels):
+            raise ValueError("no label is left: every one is -100, so there is nothing to learn")
+        n = len(data)
+        if batch_size > n:
+            raise ValueError(f"batch_size = {batch_size} is more than the {n} rows of data")
+        return n
     if not (isinstance(data, (tuple, list)) and len(data) >= 2
             and all(isinstance(tensor, Tensor) and tensor.ndim for tensor in data)):
         raise TypeError("data must be a tuple of tensors (inputs, labels), each with the rows as "
@@ -222,6 +247,12 @@ def _precision(precision, device, trainable):
         raise ValueError("float16 training needs trainable parameters in float32, where the "
                          "scaled gradients are divided again; got float16 ones")
     return precision
+
+
+def _fingerprint(data):
+    if isinstance(data, Rows):
+        data = (torch.cat(data.inputs), torch.cat(data.labels), data.lengths)
+    return fingerprint(dict(enumerate(data)))
 
 
 def _checkpoint_path(checkpoint):

@@ -1,0 +1,169 @@
+"""A causal model's loss computed where there are labels: the number that all logits give, sooner.
+
+A language model spends a part of its work in the head, which gives one logit for each of 49,152
+tokens or more at every position. Prompts have no labels, so nothing there is asked of it. And where
+all rows of a batch begin with the same tokens, such as a system prompt, a causal model's states
+are the same too: they are computed once, and the rows read them as they read their own past.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+CHUNK = 512         # positions whose logits exist at a time
+SHORTEST = 8        # a common beginning shorter than this is not worth the trouble
+NOT_SO = (AttributeError, TypeError, ValueError, RuntimeError, IndexError)   # built otherwise
+
+
+@dataclass(frozen=True)
+class Causal:
+    """A causal model of transformers in two parts: the `body`, which gives states, and the `head`.
+
+    `shares` says whether rows may read a common beginning from a cache.
+    """
+
+    body: nn.Module
+    head: nn.Linear
+    shares: bool
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: nn.Module) -> "Causal | None":
+        """The parts of `model`, or None where they do not give what the whole gives.
+
+        Tried on three rows of random tokens: some models scale their states or bend their logits.
+        """
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        body = getattr(model, "base_model", model)
+        if type(head) is not nn.Linear or body is model or hasattr(head.weight, "full_tensor"):
+            return None
+        device = head.weight.device
+        tokens = torch.arange(6 * SHORTEST, device=device).reshape(3, -1)
+        tokens = (tokens * 7 + 11) % head.out_features
+        tokens[:, :SHORTEST] = tokens[0, :SHORTEST]
+        labels = tokens.clone()
+        labels[:, :SHORTEST] = -100
+        modes = {m: m.training for m in model.modules()}
+        model.eval()
+        try:
+            whole = model(tokens).logits[labels != -100].float()
+            for shares in ([True, False] if may_share(model) else [False]):
+                with suppress(*NOT_SO):
+                    parts = cls(body, head, shares)
+                    ours = head(parts.states(tokens, labels)[0]).float()
+                    if torch.allclose(ours, whole, rtol=1e-3, atol=1e-3):
+                        return parts
+        except NOT_SO:
+            pass
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return None
+
+    def states(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """States (m, width), labels (m,) and row numbers (m,) of the m positions with a label."""
+        common = self._common(inputs, labels)
+        if common:
+            from transformers import DynamicCache
+            past = DynamicCache()
+            names = inspect.signature(self.body.forward).parameters
+            cache = {"cache" if "cache" in names else "past_key_values": past, "use_cache": True}
+            self.body(input_ids=inputs[:1, :common], **cache)
+            past.batch_repeat_interleave(len(inputs))
+            out = self.body(input_ids=inputs[:, common:], **cache)
+        else:
+            out = self.body(input_ids=inputs, use_cache=False)
+        asked = labels[:, common:] != -100
+        rows = torch.arange(len(inputs), device=inputs.device)[:, None].expand_as(asked)
+        return out.last_hidden_state[asked], labels[:, common:][asked], rows[asked]
+
+    def loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """The mean cross-entropy over the labels, a scalar; `cross_entropy` of all logits."""
+        states, labels, _ = self.states(inputs, labels)
+        weight, bias = self.head.weight, self.head.bias
+        return _HeadLoss.apply(states, weight, bias, labels) / len(labels)
+
+    def _common(self, inputs, labels):
+        """How many tokens all rows begin with, none of which has a label."""
+        if not self.shares or len(inputs) < 2:
+            return 0
+        same = (inputs == inputs[0]).all(0) & (labels == -100).all(0)
+        count = int(same.int().cumprod(0).sum())
+        return count if SHORTEST <= count < inputs.shape[1] else 0
+
+
+def may_share(model: nn.Module) -> bool:
+    """Whether a common beginning may be computed once: full attention, nothing random, a cache."""
+    config = getattr(model, "config", None)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    parts = list(model.modules())
+    dropping = any(isinstance(m, nn.Dropout) and m.p > 0 for m in parts)
+    again = any(getattr(m, "gradient_checkpointing", False) for m in parts)    # keeps no cache
+    return (kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
+            and not getattr(config, "attention_dropout", 0) and not dropping and not again)
+
+
+@torch.no_grad()
+def logits_at_labels(model: nn.Module, causal: Causal | None, inputs: Tensor,
+                     labels: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Logits (c, vocab), labels (c,) and row numbers (c,), a chunk of labelled positions at a time.
+
+    Without `causal` the model's own logits are used, all at once.
+    """
+    if causal is None:
+        outputs, asked = model(inputs), labels != -100
+        logits = getattr(outputs, "logits", outputs)
+        yield logits[asked], labels[asked], asked.nonzero()[:, 0]
+        return
+    for states, some, rows in zip(*(t.split(CHUNK) for t in causal.states(inputs, labels))):
+        yield causal.head(states), some, rows
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The summed cross-entropy of states (m, width) through a head (vocab, width).
+
+    A chunk's logits are made, turned into the gradient at once, and dropped: the gradient of a
+    sum of losses needs nothing from above but one factor.
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, bias, labels):
+        need_states, need_weight, need_bias, _ = ctx.needs_input_grad
+        wide = torch.promote_types(states.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=states.device)
+        d_states = torch.zeros(states.shape, dtype=wide, device=states.device) \
+            if need_states else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        d_bias = torch.zeros_like(bias, dtype=wide) if need_bias else None
+        narrow = weight.to(states.dtype)
+        for start in range(0, len(states), CHUNK):
+            part, some = states[start:start + CHUNK], labels[start:start + CHUNK]
+            logits = F.linear(part, narrow, None if bias is None else bias.to(part.dtype)).to(wide)
+            high = logits.logsumexp(-1, keepdim=True)
+            total += (high - logits.gather(1, some[:, None])).sum()
+            if need_states or need_weight:
+                error = logits.sub_(high).exp_()                     # softmax, in the same memory
+                error[torch.arange(len(some), device=some.device), some] -= 1
+                small = error.to(states.dtype)
+                if need_states:
+                    d_states[start:start + CHUNK] = small @ narrow
+                if need_weight:
+                    d_weight += small.t() @ part
+                if need_bias:
+                    d_bias += error.sum(0)
+        ctx.gradients = d_states, d_weight, d_bias
+        ctx.dtypes = states.dtype, weight.dtype, getattr(bias, "dtype", None)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        scaled = [None if g is None else (g * grad).to(dtype)
+                  for g, dtype in zip(ctx.gradients, ctx.dtypes)]
+        return *scaled, None
