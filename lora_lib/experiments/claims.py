@@ -3,15 +3,16 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-HOLDS, DOES_NOT = "holds", "does not hold"
+HOLDS, DOES_NOT, UNDECIDED = "holds", "does not hold", "undecided"
 
 
 @dataclass(frozen=True)
 class Verdict:
     """A claim, the chapter's number where it is tested, the verdict, the effect that was measured.
 
-    `verdict` is "holds", "does not hold", or "holds if ..." with the condition; `effect` is a
-    short text with the numbers and their 95 % intervals.
+    `verdict` is "holds", "does not hold", "undecided" where the data do not decide, or
+    "holds if ..." with the condition; `effect` is a short text with the numbers and their 95 %
+    intervals.
     """
 
     claim: str
@@ -20,8 +21,9 @@ class Verdict:
     effect: str
 
     def __post_init__(self):
-        if not (self.verdict in (HOLDS, DOES_NOT) or self.verdict.startswith(f"{HOLDS} if ")):
-            raise ValueError(f'verdict must be "holds", "does not hold" or "holds if ...", '
+        known = (HOLDS, DOES_NOT, UNDECIDED)
+        if not (self.verdict in known or self.verdict.startswith(f"{HOLDS} if ")):
+            raise ValueError(f'verdict must be one of {known}, or "holds if ...", '
                              f"got {self.verdict!r}")
 
 
