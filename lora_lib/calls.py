@@ -50,7 +50,7 @@ Make sure I am up at {time} {day}.
 Let the alarm ring at {time}.
 I have to be out of bed {day} at {time}.
 
-Do not let me sleep past {time}.
+I must not sleep beyond {time}.
 My day starts at {time} {day}, so wake me then.
 Could you get me up at {time}?
 Get me out of bed {day} at {time}, please.""",
@@ -263,9 +263,9 @@ VALUES = {
         Bamboo Court, Petit Jardin, Salt and Pepper, Corner Bistro, Red Pepper, Mama Lucia,
         The Fisherman, Saffron, Alpenhof, Lucky Noodle, The Garden Room, Casa Pepe"""),
     "title": _listed("""dentist appointment, team meeting, piano lesson, birthday party,
-        haircut, job interview, tennis match, doctor visit, yoga class, staff lunch, board meeting,
+        haircut, job interview, tennis match, doctor visit, yoga class, staff outing, board meeting,
         school concert, swimming lesson, eye test, video call, house viewing, dance class,
-        car service, book club evening, chess game, farewell dinner, parents' evening,
+        car service, book club meeting, chess game, farewell party, parents' meeting,
         phone interview, guitar lesson, wedding rehearsal, cooking class, budget review,
         football match, museum tour, garden party, choir practice session, bank appointment,
         project review, flu shot, theater visit"""),
