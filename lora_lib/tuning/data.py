@@ -79,8 +79,8 @@ def encode(tokenizer, examples: Iterable[Example], *, length: int = 1024) -> Row
 
     In a pair or a conversation the answers are learned, each with the mark that ends it; of a
     plain text every token but the first is. The words around the messages come from the
-    tokenizer's chat template, and what stands before an answer is cut into tokens as `prompt_ids`
-    does, as it will be when the model is asked. An answer is cut off at `length`; an example
+    tokenizer's chat template, and what stands before an answer is the same tokens as `prompt_ids`
+    gives, as when the model is asked. An answer is cut off at `length`; an example
     without room for any is left out; both are counted in the rows.
 
     Raises ValueError, with the number of the example, for one that holds no answer, or that the
@@ -117,7 +117,8 @@ def _text_ids(tokenizer, text):
     """A plain text with its end mark, all of it learned but the first token."""
     if not text.strip():
         raise ValueError("the text is empty")
-    ids = _ids(tokenizer, text, first=True) + [tokenizer.eos_token_id]
+    ids = tokenizer(text)["input_ids"]
+    ids = ids if ids[-1:] == [tokenizer.eos_token_id] else ids + [tokenizer.eos_token_id]
     return ids, [False] + [True] * (len(ids) - 1)
 
 
@@ -125,24 +126,23 @@ def _chat_ids(tokenizer, example):
     """A conversation's tokens, and which of them are learned: each answer up to its end mark."""
     messages = conversation(example)
     ids, learned, done = [], [], ""
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    for i in answers:
         before = _rendered(tokenizer, messages[:i], ask=True)
         whole = _rendered(tokenizer, messages[:i + 1], ask=False)
         if not (before.startswith(done) and whole.startswith(before)):
             raise ValueError("the chat template does not write a conversation turn by turn, so "
                              f"the answer in message {i} cannot be told from the rest")
+        said, end, rest = whole[len(before):].partition(tokenizer.eos_token)
         prompt = _ids(tokenizer, before[len(done):], first=not done)
-        answer = _ids(tokenizer, whole[len(before):], first=False)
-        end = tokenizer.eos_token_id
-        stop = answer.index(end) + 1 if end in answer else len(answer)
-        said = answer[:stop] if end in answer else answer + [end]
-        last = not any(m["role"] == "assistant" for m in messages[i + 1:])
-        after = [] if last else answer[stop:]
-        ids += prompt + said + after
-        learned += [False] * len(prompt) + [True] * len(said) + [False] * len(after)
-        done = whole
+        answer = _ids(tokenizer, before[len(done):] + said + end, first=not done)
+        together = answer[:len(prompt)] == prompt        # else a token would reach over the border
+        answer = answer[len(prompt):] if together else _ids(tokenizer, said + end, first=False)
+        if not end and i == answers[-1]:
+            answer.append(tokenizer.eos_token_id)
+        ids += prompt + answer
+        learned += [False] * len(prompt) + [True] * len(answer)
+        done = whole[:len(whole) - len(rest)]
     if not any(learned):
         raise ValueError("there is no answer in it: no message has the role 'assistant'")
     return ids, learned
@@ -150,9 +150,9 @@ def _chat_ids(tokenizer, example):
 
 def _rendered(tokenizer, messages, ask):
     """Messages in the tokenizer's template, up to where an answer begins if we `ask`."""
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=ask,
-        chat_template=getattr(tokenizer, "chat_template", None) or PLAIN)
+    own = getattr(tokenizer, "chat_template", None)
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask,
+                                         **({} if own else {"chat_template": PLAIN}))
 
 
 def _ids(tokenizer, text, first):

@@ -55,14 +55,14 @@ def mean_loss(model: nn.Module, tokenizer, examples: Sequence[Example] | Rows,
 def replies(model: nn.Module, tokenizer, prompts: Sequence[str | list[Message]], *,
             max_new_tokens: int = 60, batch_size: int = 16, skip_special_tokens: bool = True
             ) -> list[str]:
-    """A causal model's own answers: the likeliest token each time, up to the end mark.
+    """A causal model's own answers: the likeliest token each time, up to an end mark.
 
     A prompt is a text or the messages of a conversation so far. Prompts of like length are
     answered together, with padding on the left that the model does not see.
     """
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    said, device = {}, next(model.parameters()).device
+    said, device, ends = {}, next(model.parameters()).device, _end_marks(model, tokenizer)
     with _evaluating(model):
         for start in range(0, len(order), batch_size):
             some = order[start:start + batch_size]
@@ -72,9 +72,9 @@ def replies(model: nn.Module, tokenizer, prompts: Sequence[str | list[Message]],
             real = torch.tensor([f + [1] * len(ids[i]) for f, i in zip(fill, some)], device=device)
             out = model.generate(input_ids=tokens, attention_mask=real, do_sample=False,
                                  max_new_tokens=max_new_tokens, top_p=None, temperature=None,
-                                 eos_token_id=tokenizer.eos_token_id,
-                                 pad_token_id=tokenizer.eos_token_id)
-            for i, row in zip(some, out[:, longest:]):
+                                 eos_token_id=ends, pad_token_id=tokenizer.eos_token_id)
+            for i, row in zip(some, out[:, longest:].tolist()):
+                row = row[:1 + next((k for k, token in enumerate(row) if token in ends), len(row))]
                 text = tokenizer.decode(row, skip_special_tokens=skip_special_tokens)
                 said[i] = text.strip()
     return [said[i] for i in range(len(ids))]
@@ -85,6 +85,12 @@ def reply(model: nn.Module, tokenizer, prompt: str | list[Message], **options) -
     return replies(model, tokenizer, [prompt], **options)[0]
 
 
+def _end_marks(model, tokenizer) -> list[int]:
+    """The tokenizer's end mark, and those that the model brings, such as one that ends a turn."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+
+
 def _rows(tokenizer, examples) -> Rows:
     """The examples as rows: by the small model's tokenizer, or by one of transformers'."""
     if isinstance(examples, Rows):
@@ -92,7 +98,12 @@ def _rows(tokenizer, examples) -> Rows:
     if not len(examples):
         raise ValueError("there must be at least one example, got none")
     if not hasattr(tokenizer, "batch"):
-        return encode(tokenizer, examples)
+        rows = encode(tokenizer, examples)
+        if rows.cut or rows.dropped:
+            raise ValueError(f"example {min(rows.cut + rows.dropped)} is longer than 1024 tokens; "
+                             "encode them with a greater length, or a smaller one if a part is to "
+                             "be measured, and pass the rows")
+        return rows
     inputs, labels = (torch.from_numpy(array) for array in tokenizer.batch(examples))
     return Rows(list(inputs), list(labels), tokenizer.end)
 
