@@ -93,7 +93,8 @@ def encode(tokenizer, examples: Iterable[Example], *, length: int = 1024) -> Row
     number, longest = -1, 0
     for number, example in enumerate(examples):
         try:
-            ids, learned = (_text_ids if isinstance(example, str) else _chat_ids)(tokenizer, example)
+            read = _text_ids if isinstance(example, str) else _chat_ids
+            ids, learned = read(tokenizer, example)
         except ValueError as error:
             raise ValueError(f"example {number}: {error}") from error
         if not any(learned[:length + 1]):

@@ -44,7 +44,7 @@ def read_examples(source: str | os.PathLike | Iterable) -> list[Example]:
                          f"{type(source).__name__}; pass one of its parts, or for a pandas frame "
                          "frame.to_dict('records')")
     else:
-        rows, name = ((f"row {i}", row) for i, row in enumerate(source)), "the list"
+        rows, name = ((f"index {i}", row) for i, row in enumerate(source)), "the list"
     examples, faults = [], []
     try:
         for where, row in rows:
@@ -262,7 +262,7 @@ def _messages(raw) -> list[Message]:
 
 def _text(value, name):
     if not isinstance(value, str):
-        raise ValueError(f"{name} must be text, got {_short(value)}; put it in quotes")
+        raise ValueError(f"{name} must be text, got {_short(value)}; write it as one text in quotes")
     if not value.strip():
         raise ValueError(f"{name} is empty; fill it in, or take the row out")
     if any("\ud800" <= c <= "\udfff" for c in value):
