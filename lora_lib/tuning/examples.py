@@ -230,8 +230,8 @@ def _one(row, names):
 
 def _list(value, name):
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f'"{name}" must be a list of messages, got {_short(value)}; a table cannot '
-                         "hold one, JSON Lines can")
+        raise ValueError(f'"{name}" must be a list of messages, got {_short(value)}; a table '
+                         "cannot hold one, JSON Lines can")
     return value
 
 
@@ -262,7 +262,7 @@ def _messages(raw) -> list[Message]:
 
 def _text(value, name):
     if not isinstance(value, str):
-        raise ValueError(f"{name} must be text, got {_short(value)}; write it as one text in quotes")
+        raise ValueError(f"{name} must be text, got {_short(value)}; write one text in quotes")
     if not value.strip():
         raise ValueError(f"{name} is empty; fill it in, or take the row out")
     if any("\ud800" <= c <= "\udfff" for c in value):

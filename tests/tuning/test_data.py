@@ -28,7 +28,8 @@ def row(tokenizer, example, **options):
     """The tokens of an example's only row, and which of them are learned."""
     rows = encode(tokenizer, [example], **options)
     inputs, labels = rows.inputs[0], rows.labels[0]
-    ids = torch.cat([inputs[:1], labels.where(labels != -100, torch.cat([inputs[1:], labels[-1:]]))])
+    ids = torch.cat([inputs, labels[-1:]])
+    ids[1:] = labels.where(labels != -100, ids[1:])
     assert torch.equal(ids[:-1], inputs)                     # labels are the tokens that come next
     return ids.tolist(), [False, *(labels != -100).tolist()]
 

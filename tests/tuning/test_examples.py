@@ -113,7 +113,7 @@ FAULTS = {
     "none.jsonl": ('{"prompt": "a", "completion": null}', "line 1: no format has the columns",
                    "rename"),
     "number.jsonl": ('{"prompt": "2 + 2", "completion": 4}', 'line 1: "completion" must be text, '
-                     "got 4", "write it as one text in quotes"),
+                     "got 4", "write one text in quotes"),
     "role.jsonl": (f"{GOOD}\n{chat(('user', 'a'), ('tool', 'b'))}", "role.jsonl, line 2: message 2 "
                    'has the role "tool"', "expected one of system, user, human, assistant, gpt"),
     "twice.jsonl": (chat(("user", "a"), ("user", "b"), ("assistant", "c")),
@@ -126,9 +126,9 @@ FAULTS = {
                       "line 1: message 2 is the system's", "at most one system message"),
     "last.jsonl": (chat(("user", "a"), ("assistant", "b"), ("user", "c")),
                    "line 1: the last of the 3 messages must be the assistant's", "take it out"),
-    "no.jsonl": ('{"messages": []}', "line 1: the last of the 0 messages must be", "add the answer"),
+    "no.jsonl": ('{"messages": []}', "line 1: the last of the 0 messages must be", "add the"),
     "parts.jsonl": (chat(("user", [{"type": "text", "text": "a"}]), ("assistant", "b")),
-                    "line 1: message 1 (user) must be text, got [", "write it as one text in quotes"),
+                    "line 1: message 1 (user) must be text, got [", "write one text in quotes"),
     "null.jsonl": (chat(("user", "a"), ("assistant", None)),
                    "line 1: message 2 (assistant) must be text, got null", "quotes"),
     "half.jsonl": ('{"prompt": "a", "completion": "b \\ud83d"}', 'line 1: "completion" holds half '
