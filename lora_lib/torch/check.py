@@ -1,4 +1,4 @@
-"""Look for the common mistakes in a model with adapters, before training it or serving it."""
+"""Look for the common mistakes in a model with adapters, and in its data, before it is used."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ SMALL = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Finding:
-    """One mistake: a short `code`, the paths that have it, and what is wrong, why, and the fix."""
+    """One mistake: a short `code`, the paths or rows that have it, what is wrong, why, and the fix."""
 
     code: str
     where: tuple[str, ...]
@@ -28,8 +28,8 @@ class Finding:
         return f"[{self.code}] {', '.join(self.where[:2])}{more}: {self.message}"
 
 
-# What each code says. The order is that of the findings.
-MESSAGES = {
+# What each code says: of the model, then of the data. The order is that of the findings.
+MODEL = {
     "no adapter": "the model holds no LoRALinear; call inject() or load_adapter() first",
     "shape": "A must be (rank, in_features) and B (out_features, rank): they look transposed or "
              "swapped. A projects down, B projects up",
@@ -68,12 +68,45 @@ MESSAGES = {
     "unmerged": "every call pays for the adapter's own products; merge() if one adapter serves all "
                 "requests (or allow={'unmerged'} if you switch adapters)",
 }
+DATA = {
+    "vocabulary": "a token is negative or beyond the model's vocabulary; was a token added without "
+                  "model.resize_token_embeddings()? A label that is not learned is -100",
+    "not shifted": "the labels are the inputs themselves, so the model learns to repeat what it "
+                   "sees; here a label is the token that comes next (transformers' models shift "
+                   "inside): pass ids[:, :-1] and labels[:, 1:]",
+    "shifted twice": "the labels are the tokens after the next, so every answer skips tokens; "
+                     "shift by one place, once",
+    "not next": "a label is not the token that comes next in the inputs, so the model learns "
+                "another text than it will write; inputs must hold the prompt and the answer",
+    "nothing learned": "every label is -100, so nothing is learned from it; did the mark that "
+                       "tells where an answer begins not match?",
+    "cut off": "its answer is cut off, so the model learns to stop where no end is; raise `length`, "
+               "or take the example out",
+    "left out": "its prompt leaves no room for an answer, so it is not trained on; raise `length`, "
+                "or shorten the prompt",
+    "two begins": "it begins with two begin marks, which the model never saw: the template wrote "
+                  "one and the tokenizer another; pass add_special_tokens=False",
+    "template": "it is not in the template of this tokenizer, in which the model will be asked; "
+                "let encode() or apply_chat_template() write it",
+    "prompt learned": "the prompt is learned too, so the model learns to write questions, and "
+                      "the answers count for less; set the prompt's labels to -100",
+    "padding learned": "padding, or a second end mark, is learned; set its labels to -100",
+    "end masked": "the mark that ends the answer is not learned, so the model never learns to "
+                  "stop. Where padding is the end mark too, it was masked with it: mask by length "
+                  "or attention mask, not by token",
+    "no end mark": "the answer ends without an end mark, so the model never learns to stop; append "
+                   "tokenizer.eos_token, and see that the row is not cut off",
+    "goes on": "tokens behind the end mark are learned, such as the next question, so the model "
+               "learns to talk to itself; set their labels to -100",
+}
+MESSAGES = MODEL | DATA
 
 
 @torch.no_grad()
 def check(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *,
           base: nn.Module | Mapping[str, Tensor] | None = None, stage: str = "train",
-          also_trained: Collection[str] = (), allow: Collection[str] = ()) -> list[Finding]:
+          data=None, tokenizer=None, also_trained: Collection[str] = (),
+          allow: Collection[str] = ()) -> list[Finding]:
     """The mistakes that can be seen in `model`; an empty list when there is none.
 
     stage         "start": before the first step of a new adapter; "train": before any other step;
@@ -81,11 +114,15 @@ def check(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *,
     optimizer     the one that will train it: does it hold the adapters, and nothing frozen?
     base          the pretrained model, or its state dict: are the frozen weights still its own,
                   and merged ones base + scaling B A?
+    data          what a causal model will be trained on, as `fine_tune` takes it: `Rows`, or token
+                  numbers (inputs, labels), both (rows, length)
+    tokenizer     transformers' tokenizer that made the data; model.tokenizer if there is one
     also_trained  patterns, such as "lm_head.*", of parameters that are trained beside the adapters
     allow         codes of `MESSAGES` to leave out
 
     A float weight counts as the same when it differs by no more than a few roundings. The model is
-    not changed. Raises ValueError for an unknown stage or code, or a base of another architecture.
+    not changed. Raises ValueError for an unknown stage or code, a base of another architecture, or
+    data that are no token rows.
     """
     if stage not in STAGES:
         raise ValueError(f"stage must be one of {STAGES}, got {stage!r}")
@@ -114,6 +151,9 @@ def check(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *,
         _check_training(model, layers, other, optimizer, found)
     if base is not None:
         _check_base(layers, sound, other, base, found)
+    if data is not None:
+        from lora_lib.tuning.data_check import check_data    # a room that stands on this one
+        check_data(data, model, tokenizer or getattr(model, "tokenizer", None), found)
     return [Finding(code, tuple(found[code]), message) for code, message in MESSAGES.items()
             if code in found and code not in allow]
 

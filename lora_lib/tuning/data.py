@@ -71,7 +71,7 @@ def conversation(example: Example) -> list[Message]:
 def prompt_ids(tokenizer, prompt: str | list[Message]) -> list[int]:
     """What stands before an answer, as tokens: a prompt, or messages, in the model's template."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return _ids(tokenizer, _rendered(tokenizer, messages, ask=True), first=True)
+    return _ids(tokenizer, rendered(tokenizer, messages, ask=True), first=True)
 
 
 def encode(tokenizer, examples: Iterable[Example], *, length: int = 1024) -> Rows:
@@ -129,8 +129,8 @@ def _chat_ids(tokenizer, example):
     ids, learned, done = [], [], ""
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for i in answers:
-        before = _rendered(tokenizer, messages[:i], ask=True)
-        whole = _rendered(tokenizer, messages[:i + 1], ask=False)
+        before = rendered(tokenizer, messages[:i], ask=True)
+        whole = rendered(tokenizer, messages[:i + 1], ask=False)
         if not (before.startswith(done) and whole.startswith(before)):
             raise ValueError("the chat template does not write a conversation turn by turn, so "
                              f"the answer in message {i} cannot be told from the rest")
@@ -149,7 +149,7 @@ def _chat_ids(tokenizer, example):
     return ids, learned
 
 
-def _rendered(tokenizer, messages, ask):
+def rendered(tokenizer, messages, ask):
     """Messages in the tokenizer's template, up to where an answer begins if we `ask`."""
     own = getattr(tokenizer, "chat_template", None)
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask,

@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_lib.torch import (check, fine_tune, inject, load_adapter, load_pretrained, lora_modules,
                             lora_parameters, merge, save_adapter, unmerge)
-from lora_lib.torch.check import MESSAGES
+from lora_lib.torch.check import MODEL
 
 PATH = "model.layers.1.self_attn.v_proj"
 DATA = (torch.arange(64).reshape(4, 16) % 50, torch.arange(1, 65).reshape(4, 16) % 50)
@@ -163,7 +163,7 @@ def test_a_planted_mistake_is_found_and_nothing_else(base, plant, unchanged):
 
 
 def test_every_code_is_planted():
-    assert {code for found in PLANTED.values() for code in found} == set(MESSAGES)
+    assert {code for found in PLANTED.values() for code in found} == set(MODEL)
 
 
 def test_the_path_is_named(base):
