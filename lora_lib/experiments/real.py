@@ -183,15 +183,15 @@ def verdicts() -> list[Verdict]:
     torn = compared("probe", "words", MORE) - compared("probe", "families", MORE)
     rise, rise_wide = interval(torn)
     return [
-        Verdict("on a real encoder, LoRA is as good as full fine-tuning", "10",
+        Verdict("on a real encoder, LoRA is as good as full fine-tuning", "14",
                 HOLDS if lag - lag_wide <= 0 else DOES_NOT,
                 f"right answers: LoRA {shown(lora, '.3f')}, full {shown(full, '.3f')}"),
-        Verdict("on a real encoder, LoRA is better than a linear probe on frozen features", "10",
+        Verdict("on a real encoder, LoRA is better than a linear probe on frozen features", "14",
                 HOLDS if gain - wide > 0 else DOES_NOT,
                 f"right answers: {shown(lora - probed, '+.3f')} more than the probe's "
                 f"{shown(probed, '.3f')}"),
         Verdict("relatives of the test words among the training words make a probe look better",
-                "10", HOLDS if rise - rise_wide > 0 else DOES_NOT,
+                "14", HOLDS if rise - rise_wide > 0 else DOES_NOT,
                 f"right answers of the probe, {len(torn)} seeds: {shown(torn, '+.3f')}"),
     ]
 
