@@ -1,0 +1,9 @@
+"""`python -m lora_lib`: the commands of `lora_lib.command`."""
+
+import sys
+
+from lora_lib.command import main
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)      # a log shows a line when it is said
+    raise SystemExit(main())
