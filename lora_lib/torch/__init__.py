@@ -3,6 +3,7 @@
 from lora_lib.torch.adapters import Adapters
 from lora_lib.torch.check import Finding, check
 from lora_lib.torch.checkpoint import load_adapter, save_adapter
+from lora_lib.torch.gguf_format import save_gguf
 from lora_lib.torch.inject import (inject, lora_modules, lora_parameters, lora_state_dict, merge,
                                    remove, saved_modules, unmerge)
 from lora_lib.torch.lora import LoRALayer, LoRALinear, shared_input
@@ -19,4 +20,4 @@ __all__ = ["Adapters", "Finding", "LanguageModel", "LanguageModelConfig", "LoRAL
            "NF4Linear", "check", "complete", "cross_entropy", "exact_match", "fine_tune", "inject",
            "load_adapter", "load_pretrained", "lora_modules", "lora_parameters", "lora_state_dict",
            "mean_loss", "measure_memory", "merge", "quantize", "remove", "save_adapter",
-           "saved_modules", "shared_input", "unmerge", "warmup_cosine"]
+           "save_gguf", "saved_modules", "shared_input", "unmerge", "warmup_cosine"]
