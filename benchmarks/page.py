@@ -88,6 +88,8 @@ adapter that took no time would leave.
 
 {model}
 
+{runs}
+
 ## Files, NumPy, imports
 
 A model of `336` linear layers, all adapted. Saving here hashes the base's weights, so that
@@ -109,6 +111,34 @@ A new process that imports:
 """
 
 
+RUNS = """\
+## A whole training run
+
+SmolLM2-135M learns tool calls ([chapter 10](10_real_model.ipynb)) with adapters of rank `8` on all
+linear layers: `{steps}` steps of `8` rows, the same rows in the same order, the same first A, AdamW
+at a constant rate, float32. PEFT trains under transformers' Trainer, and under TRL's SFTTrainer, as
+their documentation shows it. Every run is a process of its own, the methods take turns, `{rounds}`
+rounds: `python -m benchmarks.runs`.
+
+{table}
+
+*Peak* is the most that the process held; *above the model* is how much of it came after the model was
+loaded. Step by step, the losses of all methods differ by at most `{apart}`.
+
+{targets}
+
+Where does the time go? Not into adapters. `{prompt}` of the tokens in a batch are the same system
+message in every row, which goes through the model once here; the head's `49,152` logits are made for
+`{learned}` of the tokens, those with a label. What is left is the frozen layers' own products. Data
+without a common beginning and with long answers gain less.
+
+{machine}
+"""
+NO_RUNS = """\
+## A whole training run
+
+None has been measured yet: `python -m benchmarks.runs`.
+"""
 NO_GPU = """\
 ## On a GPU
 
@@ -323,8 +353,44 @@ def gpu(folder: Path) -> str:
         model=both(lambda s: steps(rows, "model" + s, ("float32", "float16"))))
 
 
-def page(folder: Path, gpu_folder: Path | None = None) -> str:
-    """The text of the page: of a CPU's run, and of a GPU's if there is one."""
+def newest_runs(results: Path = RESULTS) -> Path | None:
+    """The folder of the last whole training runs, or None."""
+    return max((path.parent for path in results.glob("runs-*/about.json")), default=None)
+
+
+def runs(folder: Path | None) -> str:
+    """What whole training runs took, beside Trainer's."""
+    if folder is None:
+        return NO_RUNS.rstrip()
+    rows, about = read(folder / "runs.csv"), json.loads((folder / "about.json").read_text())
+    base, ours = "PEFT, Trainer", "lora_lib"
+    first = {m: select(rows, method=m, step=0) for m in dict.fromkeys(r["method"] for r in rows)}
+    ratio = lambda m, key: float(np.median([a[key] / b[key] for a, b in zip(first[m], first[base])]))
+    middle = lambda m, key: float(np.median([row[key] for row in first[m]]))
+    losses = {m: [row["loss"] for row in select(rows, method=m, round=0)] for m in first}
+    lines = [[m, seconds(middle(m, "seconds")), code(ratio(m, "seconds"), ".2f"),
+              f"`{middle(m, 'peak') / 1e9:.2f}` GB", code(ratio(m, "peak"), ".2f"),
+              f"`{middle(m, 'above') / 1e9:.2f}` GB", code(ratio(m, "above"), ".2f"),
+              code(losses[m][-1], ".3f")] for m in first]
+    judge = lambda text, value, most: [text, code(value, ".2f"),
+                                       "yes" if value <= most else "**no**"]
+    return RUNS.format(
+        steps=len(losses[ours]), rounds=len(first[ours]),
+        table=table(["method", "time", "over Trainer's", "peak", "over Trainer's",
+                     "above the model", "over Trainer's", "last loss"], lines),
+        apart=f"{max(np.abs(np.subtract(losses[m], losses[ours])).max() for m in first):.1e}",
+        targets=table(["target", "measured", "reached"], [
+            judge("At most `0.6` of the time under Trainer", ratio(ours, "seconds"), 0.6),
+            judge("At most `0.4` of its memory above the model", ratio(ours, "above"), 0.4),
+            judge("At most `0.4` of its peak, model included", ratio(ours, "peak"), 0.4)]),
+        prompt=f"{about['shared']:.0%}", learned=f"{about['learned']:.0%}",
+        machine=table(["", ""], [[key, code(about[key])] for key in
+                                 ("date", "hardware", "capability", "cores", "torch",
+                                  "transformers", "peft", "trl") if about.get(key)])).rstrip()
+
+
+def page(folder: Path, gpu_folder: Path | None = None, runs_folder: Path | None = None) -> str:
+    """The text of the page: of a CPU's run, a GPU's and whole training runs if there are."""
     rows, kept = read(folder / "times.csv"), read(folder / "bytes.csv")
     methods = METHODS
     sizes = {}
@@ -350,7 +416,7 @@ def page(folder: Path, gpu_folder: Path | None = None) -> str:
                      for dtype, size in points]),
         thin=thin(rows), inference=matrix(rows, "inference", ["merged", "merged and replaced", "lora_lib", "PEFT",
                                              "loralib"], ["size", "tokens"]),
-        model=steps(rows),
+        model=steps(rows), runs=runs(runs_folder),
         files=table(["", "lora_lib", "PEFT"],
                     [[action, *(seconds(one(rows, m, what="files", action=action)["seconds"])
                                 for m in ("lora_lib", "PEFT"))]
@@ -367,4 +433,4 @@ if __name__ == "__main__":
     folder = newest()
     picture(read(folder / "times.csv"), BOOK / "_static" / "speed.png")
     with atomic(BOOK / "speed.md") as file:
-        file.write_text(page(folder, newest("cuda")), "utf8")
+        file.write_text(page(folder, newest("cuda"), newest_runs()), "utf8")

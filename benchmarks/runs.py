@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -42,6 +44,17 @@ def data(steps: int) -> tuple[Rows, list[int]]:
     rows = encode(tokenizer, calls.chats(EXAMPLES, SEED, "train"))
     order = islice(_batches(len(rows), BATCH, SEED, rows.lengths), steps)
     return rows, [int(i) for batch in order for i in batch]
+
+
+def shares(steps: int) -> dict[str, float]:
+    """Of the tokens of the batches: the share that a common beginning has, and that is learned."""
+    rows, order = data(steps)
+    labels = [rows.labels[i] for i in order]
+    first = [int((row != -100).nonzero()[0]) for row in labels]
+    alike = next(n for n in range(min(first)) if len({int(rows.inputs[i][n]) for i in order}) > 1)
+    tokens = sum(map(len, labels))
+    return {"shared": alike * len(order) / tokens,
+            "learned": sum(int((row != -100).sum()) for row in labels) / tokens}
 
 
 def ours(rows: Rows, order: list[int], steps: int):
@@ -137,7 +150,8 @@ def main() -> None:
     if args.child:
         print(json.dumps(one(args.child, args.steps)))
         return
-    about = machine()
+    about = machine() | {name: version(name) for name in ("transformers", "trl")
+                         if find_spec(name)} | shares(args.steps)
     slug = re.sub("[^a-z0-9]+", "-", f"{about['hardware']} {about['capability']}".lower()).strip("-")
     out = args.out or RESULTS / f"runs-{about['date']}-{slug}"
     out.mkdir(parents=True, exist_ok=True)

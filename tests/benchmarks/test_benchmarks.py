@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from itertools import groupby
 
@@ -10,7 +11,7 @@ import torch
 
 from benchmarks import page, run
 from benchmarks.methods import ADAPTED, layers, threes
-from lora_lib.experiments.sweep import read, select
+from lora_lib.experiments.sweep import read, select, write
 from lora_lib.experiments.timing import in_turn
 
 PAGE = page.BOOK / "speed.md"
@@ -61,7 +62,8 @@ def test_an_unknown_part_is_an_error(monkeypatch, capsys):
 
 
 def test_the_page_is_what_was_measured():
-    assert PAGE.read_text("utf8") == page.page(page.newest(), page.newest("cuda"))
+    assert PAGE.read_text("utf8") == page.page(page.newest(), page.newest("cuda"),
+                                               page.newest_runs())
 
 
 def test_a_gpus_run_gets_a_section(tmp_path):
@@ -78,6 +80,34 @@ def test_a_gpus_run_gets_a_section(tmp_path):
     made = page.page(source, folder)
     assert "None has been measured" in page.page(source)
     assert "None has been measured" not in made and "`made up`" in made
+
+
+def test_whole_runs_are_judged_by_the_rows(tmp_path):
+    """Of made-up figures, of which each target is reached or missed."""
+    row = lambda method, round, step, s, gb: {"method": method, "round": round, "step": step,
+                                              "loss": 1.0, "seconds": s, "peak": gb, "above": gb / 2}
+    about = page.about(page.newest()) | {"shared": 0.6, "learned": 0.2}
+    (tmp_path / "about.json").write_text(json.dumps(about))
+    for share, reached in ((0.3, 3), (0.9, 0)):
+        write(tmp_path / "runs.csv", [row(m, i, step, 10 * s, 1e9 * s) for i in range(3)
+                                      for m, s in (("lora_lib", share), ("PEFT, Trainer", 1.0))
+                                      for step in range(2)])
+        text = page.runs(tmp_path)
+        assert text.count("| yes |") == reached and text.count("| **no** |") == 3 - reached
+    assert "None has been measured" in page.runs(None)
+
+
+def test_a_whole_run_of_two_steps(tmp_path):
+    """Ours and Trainer's, two processes: the same losses, step by step."""
+    found = {}
+    for method in ("lora_lib", "PEFT, Trainer"):
+        command = [sys.executable, "-m", "benchmarks.runs", "--child", method, "--steps", "2"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=page.BOOK.parent)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[method] = json.loads(done.stdout.splitlines()[-1])
+    ours, theirs = found.values()
+    assert ours["losses"] == pytest.approx(theirs["losses"], abs=2e-3)
+    assert all(0 < run["above"] < run["peak"] for run in found.values())
 
 
 def test_targets_are_judged_by_the_rows():

@@ -1,0 +1,104 @@
+"""SmolLM2's experiment: its rules on random data, its rows, and what stands in its prompts."""
+
+import inspect
+import json
+
+import numpy as np
+import pytest
+
+from lora_lib import calls
+from lora_lib.experiments import assistant, sweep
+from lora_lib.experiments.claims import DOES_NOT, HOLDS, UNDECIDED
+
+
+@pytest.mark.parametrize("true, rule, wrong", [
+    (0.10, lambda d: assistant.judged(d, 0.10), (HOLDS, DOES_NOT)),      # on the margin: neither
+    (0.05, lambda d: assistant.equivalent(d, 0.05), (HOLDS, DOES_NOT)),
+    (0.00, lambda d: assistant.equivalent(d, 0.05), (DOES_NOT,)),
+    (0.20, lambda d: assistant.judged(d, 0.10), (DOES_NOT,)),
+    (0.20, lambda d: assistant.equivalent(d, 0.05), (HOLDS,)),
+])
+@pytest.mark.parametrize("noise", [0.01, 0.05, 0.2])
+def test_of_random_seeds_few_get_a_wrong_verdict(true, rule, wrong, noise):
+    draws = np.random.default_rng(0).normal(true, noise, (2000, len(assistant.SEEDS)))
+    share = np.mean([rule(seeds) in wrong for seeds in draws])
+    assert share < 0.065                     # 5 %, and four standard errors of 2,000 draws
+
+
+def test_clear_data_get_the_verdict_that_they_deserve():
+    near, far = np.array([0.01, 0.0, -0.01]), np.array([0.3, 0.31, 0.29])
+    assert assistant.equivalent(near, 0.05) == HOLDS
+    assert assistant.equivalent(far, 0.05) == assistant.equivalent(-far, 0.05) == DOES_NOT
+    assert assistant.judged(far, 0.1) == HOLDS and assistant.judged(near, 0.1) == DOES_NOT
+    wide = np.array([-0.3, 0.0, 0.4])
+    assert assistant.equivalent(wide, 0.05) == assistant.judged(wide, 0.1) == UNDECIDED
+
+
+def test_of_examples_in_the_prompt_no_answer_is_judged():
+    tokenizer = assistant.base().tokenizer
+    chat = calls.chats(1, 0, "test")[0]
+    shots = assistant.examples("calls", 0)
+    assert len(shots) == 20
+    tools = {json.loads(m["content"])["name"] for m in shots[1::2]}
+    assert tools == set(calls.TOOLS)
+    rows = assistant.answers_only(tokenizer, [assistant.asked(chat, shots) + chat[-1:]])
+    labels = rows.labels[0]
+    assert tokenizer.decode(labels[labels != -100]) == chat[-1]["content"] + "<|im_end|>"
+    assert all(m["content"] in tokenizer.decode(rows.inputs[0]) for m in [*shots, chat[0]])
+
+
+def test_examples_are_short_and_no_part_has_one_of_another():
+    parts = {part: assistant.chats("docstrings", 20, 0, part)
+             for part in ("train", "validation", "test")}
+    said = [chat[1]["content"] for chats in parts.values() for chat in chats]
+    assert len(set(said)) == len(said) == 60
+    rows = assistant.encode(assistant.base().tokenizer, parts["test"])
+    assert rows.lengths.max() <= assistant.LENGTH["docstrings"]
+
+
+def test_a_grid_goes_on_until_its_best_is_inside():
+    row = lambda lr, loss: {"task": "calls", "method": "LoRA", "on": "validation", "lr": lr,
+                            "loss": loss}
+    rest = [row(1e-3, 1) | {"task": t, "method": m, "lr": lr, "loss": loss}
+            for t in assistant.TASKS for m in assistant.RATES if (t, m) != ("calls", "LoRA")
+            for lr, loss in ((1, 3), (2, 1), (4, 2))]
+    assert [p["lr"] for p in assistant.widened(rest + [row(1, 3), row(2, 2), row(4, 1)])] == [8]
+    assert [p["lr"] for p in assistant.widened(rest + [row(1, 1), row(2, 2), row(4, 3)])] == [0.5]
+    assert assistant.widened(rest + [row(1, 2), row(2, 1), row(4, 2)]) == []
+
+
+def test_the_rows_are_those_of_the_points():
+    """The rates' runs are all there; the comparison's may still be going on, seed by seed."""
+    rows, signature = sweep.read("assistant"), inspect.signature(assistant.trial)
+    kept = {sweep._key(signature, row) for row in rows}
+    keys = lambda points: {sweep._key(signature, sweep._complete(signature, p)) for p in points}
+    tuned = keys(assistant.tuning()) | keys(assistant.widened(rows))
+    compared = keys(assistant.points(rows))
+    assert tuned <= kept
+    on = list(signature.parameters).index("on")
+    assert {key for key in kept if key[on] == "test"} <= compared and kept & compared
+
+
+def test_only_seeds_that_every_method_has_are_compared(monkeypatch):
+    rows = sweep.read("assistant")
+    row = lambda method, seed: {"task": "calls", "method": method, "seed": seed, "on": "test",
+                                "lr": assistant.best_lr(rows, "calls", method)
+                                if method in assistant.RATES else 0.0, "exact": seed / 10}
+    some = [row(m, seed) for m in assistant.METHODS for seed in (0, 1, 2)
+            if (m, seed) != ("full", 1)]
+    tuned = [r for r in rows if r["on"] == "validation"]
+    monkeypatch.setattr(assistant, "read", lambda name: tuned + some)
+    assert assistant.seeds("calls") == [0, 2] and assistant.seeds("docstrings") == []
+    assert list(assistant.compared("calls", "LoRA", "exact")) == [0, 0.2]
+
+
+@pytest.mark.skipif(not (sweep.RESULTS / "assistant_answers.csv").exists(),
+                    reason="the sweep writes it at its end")
+def test_the_answers_that_the_pages_show_are_of_the_run():
+    kept = sweep.read("assistant_answers")
+    for task in assistant.TASKS:
+        test = assistant.chats(task, 6, 0, "test")
+        rows = [row for row in kept if row["task"] == task]
+        if task == "calls":                  # the other depends on Python's version
+            assert [row["request"] for row in rows] == [chat[1]["content"] for chat in test]
+        assert all(row["before"] != row["after"] for row in rows)
