@@ -23,10 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     options = parser().parse_args(argv)
-    command = getattr(import_module(f"lora_lib.command.{MODULES[options.command]}"),
-                      options.command)
     try:
-        return command(options)
+        module = import_module(f"lora_lib.command.{MODULES[options.command]}")
+        return getattr(module, options.command)(options)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         if options.command == "tune":
@@ -47,7 +46,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _refuse(options, error):
+    if isinstance(error, OSError) and error.filename:
+        error = f"{error.strerror}: {error.filename}"         # without the number
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ModuleNotFoundError) and "pip install" not in text:
+        text += '; pip install "lora-lib[peft]" brings what the commands need'
     print(f"lora_lib {options.command}: {text if len(text) <= 500 else text[:497] + '...'}",
           file=sys.stderr)
     return 2

@@ -38,14 +38,17 @@ def full_name(name: str) -> str:
     return str(Path(name).resolve()) if name not in NAMES and Path(name).exists() else name
 
 
-def load_base(name: str, device: str = "auto") -> nn.Module:
-    """A causal model of transformers in float32, with its tokenizer. Raises ValueError."""
+def load_base(name: str, device: str = "auto", option: str = "--model") -> nn.Module:
+    """A causal model of transformers in float32, with its tokenizer.
+
+    Raises ValueError, with the `option` that gave the name in front.
+    """
     from transformers.utils import logging as theirs
     theirs.disable_progress_bar()
     theirs.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     device = device_of(device)
-    with naming(f"--model {name}"):
+    with naming(f"{option} {name}"):
         model = load_pretrained(name, device=device)
         head = getattr(model, "get_output_embeddings", lambda: None)()
         if head is None or not hasattr(model.tokenizer, "apply_chat_template"):

@@ -18,7 +18,7 @@ def chat(options) -> int:
         raise ValueError(f"{folder} holds no adapter ({CONFIG}), so --model and --strength say "
                          "nothing; leave them out to ask it as a model")
     else:
-        model = load_base(options.adapter, options.device)
+        model = load_base(options.adapter, options.device, "no adapter is at")
     system = options.system
     if system is None and (folder / DONE).exists():
         system = read_record(folder / DONE).get("system")

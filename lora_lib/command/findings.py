@@ -64,7 +64,7 @@ def _in_data(file, options):
     try:
         rows = encoded(model.tokenizer, read_examples(file), file, options.length)
     except ValueError as error:
-        return [Finding("not readable", (str(file),), str(error))]
+        return [Finding("not readable", ("the file",), str(error))]
     print(f"{file.name}: {rows_said(rows)}")
     check_room(model, rows)
     return check_model(model, stage="serve", data=rows)

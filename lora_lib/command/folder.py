@@ -103,7 +103,9 @@ def whole(path: Path, force: bool):
         yield fresh
         umask = os.umask(0)
         os.umask(umask)
-        fresh.chmod(0o777 & ~umask)                   # mkdtemp's own mode shuts everyone else out
+        fresh.chmod(0o777 & ~umask)                 # what is temporary shuts everyone else out
+        for file in fresh.iterdir():
+            file.chmod(0o666 & ~umask)
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -15,7 +15,7 @@ From your data to an adapter (LoRA) that answers: here, in PEFT, in llama.cpp.
 """
 BEGIN = """\
 where to begin: write some fifty rows like
-  {"prompt": "Wake me up at 7 am", "completion": "{\\"tool\\": \\"alarm\\", \\"time\\": \\"07:00\\"}"}
+  {"prompt": "Wake me up at 7 am", "completion": "set_alarm(time=07:00)"}
 into data.jsonl, one row a line, and give the commands above from top to bottom. Each has a --help
 of its own: python -m lora_lib tune --help. The course explains the rest: chapter 5 "Training",
 chapter 9 "Mistakes", chapter 10 "A real model"."""
@@ -27,7 +27,8 @@ Train an adapter on your examples and save it in PEFT's format.
 
 Before the first step it says how much there is to learn, and stops if the data would spoil the
 run. A part of the data is held out: the loss there, before and after, says what was learned and
-not only memorized. A run that was stopped goes on, exactly, when the same command is given again."""
+not only memorized. A run that was stopped, even by a kill, goes on when the same command is given
+again: the result is the same, bit for bit on a CPU with as many threads."""
 DATA = """\
 the data: .jsonl, .json, .csv or .tsv in UTF-8. A row is one of
   {"prompt": "...", "completion": "..."}
@@ -61,8 +62,9 @@ nothing extra to run.
 
   python -m lora_lib merge adapter --out merged"""
 MERGE_END = """\
-then: AutoModelForCausalLM.from_pretrained("merged"). The adapter cannot be taken out of it again, so
-keep its folder. Chapter 4 "Merging" says why the outputs are the same, and what 16 bits round."""
+then: AutoModelForCausalLM.from_pretrained("merged"). The adapter cannot be taken out of it again,
+so keep its folder. Chapter 4 "Merging" says why the outputs are the same, and what 16 bits
+round."""
 
 CHECK = """\
 Look for the mistakes that people make, in data or in a trained adapter. Each finding is one line;
@@ -71,8 +73,8 @@ the exit code is 1 if there is one, and 0 if not.
   python -m lora_lib check data.jsonl --model smollm2
   python -m lora_lib check adapter"""
 CHECK_END = """\
-where to begin: check the data before you pay for a run. Chapter 9 "Mistakes" shows what each finding
-does to a model."""
+where to begin: check the data before you pay for a run. Chapter 9 "Mistakes" shows what such
+mistakes do to a model."""
 
 EXPORT = """\
 Write a GGUF file for llama.cpp: the adapter alone, or with --merged the whole model.
@@ -80,9 +82,9 @@ Write a GGUF file for llama.cpp: the adapter alone, or with --merged the whole m
   python -m lora_lib export adapter --out adapter.gguf
   python -m lora_lib export adapter --out model.gguf --merged"""
 EXPORT_END = """\
-then: llama-cli -m base.gguf --lora adapter.gguf, or llama-cli -m model.gguf. The adapter was trained
-on the base in floats; beside a base of four bits its answers may differ a little. Chapter 10 "A real
-model" measures how much."""
+then: llama-cli -m base.gguf --lora adapter.gguf, or llama-cli -m model.gguf. The adapter was
+trained on the base in floats; beside a base of four bits its answers may differ (chapter 12 "A
+quantized base"), and a merged file in float32 is closest."""
 
 
 class Parser(argparse.ArgumentParser):

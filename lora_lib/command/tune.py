@@ -79,7 +79,8 @@ def _settings(options, examples, apart):
     """All that decides what comes out: the same settings are the same run."""
     names = ("rank", "alpha", "targets", "dropout", "lr", "epochs", "steps", "batch", "length",
              "held_out", "seed", "samples")
-    settings = {"model": full_name(options.model), **{name: getattr(options, name) for name in names}}
+    settings = {"model": full_name(options.model)}
+    settings |= {name: getattr(options, name) for name in names}
     settings["epochs"] = options.epochs or (None if options.steps else 3)
     settings["device"] = device_of(options.device)
     settings["precision"] = options.precision
@@ -110,7 +111,7 @@ def _say_sizes(model, steps, rows, held, settings):
 
 
 def _before(model, held, options):
-    """What the base answers, and room for what is measured; B is zero, so this is the base still."""
+    """What the base answers, and room for losses; B is zero, so the model is the base still."""
     asked = [conversation(e) for e in held if not isinstance(e, str)][:options.samples]
     said = replies(model, model.tokenizer, [chat[:-1] for chat in asked])
     return {"held-out loss": {}, "samples": [
