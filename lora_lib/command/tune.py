@@ -41,7 +41,8 @@ def tune(options) -> int:
     train, held = _split([e for i, e in enumerate(examples) if i not in every.dropped], apart,
                          options)
     rows = encode(model.tokenizer, train, length=options.length)
-    held_rows = encoded(model.tokenizer, held, options.data, options.length) if held else None
+    file = options.held_out if apart else options.data
+    held_rows = encoded(model.tokenizer, held, file, options.length) if held else None
     if options.batch > len(rows):
         raise ValueError(f"--batch {options.batch} is more than the {len(rows)} rows to train on; "
                          f"give --batch {len(rows)}, or more data")
