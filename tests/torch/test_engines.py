@@ -1,4 +1,4 @@
-"""The page on Trainer, accelerate and DDP runs as it stands."""
+"""The page on Trainer, accelerate, DDP and llama.cpp runs as it stands."""
 
 import re
 from pathlib import Path
@@ -10,9 +10,10 @@ PAGE = Path(__file__).resolve().parents[2] / "book" / "engines.md"
 
 def test_the_blocks_of_the_page_run_in_order(tmp_path, monkeypatch, capsys):
     pytest.importorskip("accelerate")
+    pytest.importorskip("gguf")
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf8"), re.DOTALL)
-    whole = [block for block in blocks if "\n...\n" not in block]   # FSDP wants two processes
-    assert len(whole) == len(blocks) - 1 == 3
+    whole = [block for block in blocks if "\n...\n" not in block]   # FSDP, a large file
+    assert len(whole) == len(blocks) - 2 == 4
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}
     for block in whole:
@@ -23,3 +24,4 @@ def test_the_blocks_of_the_page_run_in_order(tmp_path, monkeypatch, capsys):
     full, sent = (int(n.replace(",", "")) for n in re.search(r": ([\d,]+) .*: ([\d,]+)", said).groups())
     assert sent < full / 2
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "adapter.gguf").read_bytes()[:4] == b"GGUF"
