@@ -1,12 +1,11 @@
 """Ask llama.cpp, by the package xllamacpp: what does it answer with a GGUF file?
 
-Measured with SmolLM2 and an adapter trained for 24 steps on tool calls, over 20 requests with up to
-48 tokens each: of the greedy answers 20 are PyTorch's with the merged file, in float32 or float16, and
-20 with the adapter beside a base in float32; beside the packaged base, 14. Both bases hold the same
+Measured with SmolLM2 and an adapter trained for 24 steps on tool calls, on 20 requests with up to
+48 tokens each: all 20 greedy answers are PyTorch's with the merged file, in float32 or float16, and
+with the adapter beside a base in float32; beside the packaged base, 14. Both bases hold the same
 numbers. But llama.cpp multiplies weights in four bits by activations that it rounds to eight, in
-blocks of 32; the same rounding inside PyTorch changes as many answers (14 stay), though not the same.
-Without any adapter the packaged base gives the answer of the one in float32 to 6 of the 20 requests:
-its replies are longer, and less sure, than an adapter's.
+blocks of 32. Such rounding inside PyTorch leaves 14 answers too, though not the same 14. Without an
+adapter, the packaged base agrees with the one in float32 on 6 of the 20.
 """
 
 import json

@@ -68,7 +68,8 @@ def save_gguf(model: nn.Module, path: str | os.PathLike, *, dtype: torch.dtype =
     if merged == {False}:
         tensors = _adapter(writer, model, layers, names, paired)
     else:
-        tensors = _whole(writer, model, names, paired, tokenizer or getattr(model, "tokenizer", None))
+        tokenizer = tokenizer or getattr(model, "tokenizer", None)
+        tensors = _whole(writer, model, layers, names, paired, tokenizer)
     writer.add_file_type(int(gguf.LlamaFileType.ALL_F32 if dtype == torch.float32
                              else gguf.LlamaFileType.MOSTLY_F16))
     tensors = {key: (t, dtype if t.dim() > 1 else torch.float32) for key, t in tensors.items()}
@@ -99,16 +100,13 @@ def _architecture(model):
 
 def _check_config(config, name):
     """What these models may be told to do, and llama.cpp would not."""
-    expected = {"hidden_act": ("silu",), "sliding_window": (None,)}
-    if name != "llama":
-        expected["rope_type"] = ("default",)
-        if not config.use_sliding_window:
-            del expected["sliding_window"]               # a number that nothing reads
-    else:
-        expected["rope_type"] = ("default", "linear", "llama3")
-    settings = {"rope_type": _rope(config)[0]}
-    for key, allowed in expected.items():
-        value = settings.get(key, getattr(config, key, None))
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None                                    # a number that nothing reads
+    slow = ("linear", "llama3") if name == "llama" else ()
+    for key, value, allowed in (("hidden_act", config.hidden_act, ("silu",)),
+                                ("sliding_window", window, (None,)),
+                                ("rope_type", _rope(config)[0], ("default", *slow))):
         if value not in allowed:
             raise ValueError(f"save_gguf cannot write a {type(config).__name__} with {key} = "
                              f"{value!r}, expected one of {allowed}")
@@ -149,7 +147,7 @@ def _adapter(writer, model, layers, names, paired):
     return tensors
 
 
-def _whole(writer, model, names, paired, tokenizer):
+def _whole(writer, model, layers, names, paired, tokenizer):
     """The model's fields go to `writer`; its tensors by GGUF's names."""
     for name, module in model.named_modules():
         if is_quantized(module) or not all(p.is_floating_point() for p in module.parameters(False)):
@@ -158,7 +156,6 @@ def _whole(writer, model, names, paired, tokenizer):
     if tokenizer is None:
         raise ValueError("a whole model needs its tokenizer: pass tokenizer=..., or set "
                          "model.tokenizer")
-    layers = lora_modules(model)
     config, tensors = model.config, {}
     for name, p in model.named_parameters():             # a tied head is not named twice
         module, _, leaf = name.rpartition(".")

@@ -70,10 +70,8 @@ def _pre(data):
         return None
     keys = {"ByteLevel": ("use_regex",), "Digits": ("individual_digits",),
             "Split": ("pattern", "behavior", "invert")}
-    cuts = tuple((step["type"], *(step[key]["Regex"] if key == "pattern" and "Regex" in step[key]
-                                  else str(step[key]) if key == "pattern" else step[key]
-                                  for key in keys.get(step["type"], ())))
-                 for step in steps)
+    cuts = tuple((step["type"], *(step[key] for key in keys.get(step["type"], ())))
+                 for step in ({**s, "pattern": s.get("pattern", {}).get("Regex")} for s in steps))
     pre = PRE.get(cuts)
     # Qwen composes accents first (NFC), and llama.cpp does not: most texts have them so already.
     return pre if normalizer is None or (pre == "qwen2" and normalizer == {"type": "NFC"}) else None
@@ -81,7 +79,8 @@ def _pre(data):
 
 def _around(tokenizer):
     """Whether the tokenizer puts its begin mark before, and its end mark after, every text."""
-    whole, bare = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
+    whole = tokenizer("a").input_ids
+    bare = tokenizer("a", add_special_tokens=False).input_ids
     for begins, ends in itertools.product((False, True), repeat=2):
         if whole == [tokenizer.bos_token_id] * begins + bare + [tokenizer.eos_token_id] * ends:
             return begins, ends

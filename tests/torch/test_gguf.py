@@ -13,7 +13,8 @@ from lora_lib.torch.inject import inject_each
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("transformers")
-REGEX = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+REGEX = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s|"
+         r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
 TEXT = ("In 1905 he wrote 4 papers; they're read in 2024, aren't they?\n  x = 10\n    y = 3.5\n"
@@ -104,7 +105,7 @@ class TestSmallModels:
         ("Llama", {}),
         ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
         ("Llama", {"attention_bias": True, "mlp_bias": True}),
-        ("Llama", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}),
+        ("Llama", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}),
         ("Llama", {"rope_parameters": LLAMA_3}),
         ("Llama", {"rope_parameters": LINEAR}),
         ("Mistral", {"sliding_window": None}),
@@ -193,7 +194,8 @@ class TestSmallModels:
     def test_an_adapter_beside_a_quantized_base_of_ours(self, tmp_path):
         """The file holds A and B alone; what the base is made of does not matter to it."""
         model = randomize(inject(tiny(hidden_size=64), "all-linear", rank=2))
-        other = randomize(inject(quantize(tiny(hidden_size=64), "all-linear"), "all-linear", rank=2))
+        other = quantize(tiny(hidden_size=64), "all-linear")
+        randomize(inject(other, "all-linear", rank=2))
         for m, name in ((model, "one"), (other, "two")):
             save_gguf(m, tmp_path / name)
         assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
