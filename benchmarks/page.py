@@ -137,7 +137,7 @@ without a common beginning and with long answers gain less.
 NO_RUNS = """\
 ## A whole training run
 
-None has been measured yet: `python -m benchmarks.runs`.
+Not measured yet: `python -m benchmarks.runs`.
 """
 NO_GPU = """\
 ## On a GPU

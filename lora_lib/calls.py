@@ -17,8 +17,8 @@ import random
 import re
 from collections import Counter
 
-from lora_lib.phrases import (BY, CURRENCIES, HOURS, MONTHS, NAMES, NUMBERS, PARTS, PHRASINGS, SIGNS,
-                              TENS, VALUES, WEEKDAYS)
+from lora_lib.phrases import (BY, CURRENCIES, HOURS, MONTHS, NAMES, NUMBERS, PARTS, PHRASINGS,
+                              SIGNS, TENS, VALUES, WEEKDAYS)
 
 Pair = tuple[str, str]
 Chat = list[dict[str, str]]

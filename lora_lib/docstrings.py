@@ -58,7 +58,7 @@ def _source(text, node):
 
     None if a line has less indentation, or the docstring stands on the line of the name.
     """
-    lines = text.splitlines()
+    lines = text.split("\n")
     first, doc, last = node.lineno - 1, node.body[0], node.end_lineno
     kept = [line for line in lines[first:doc.lineno - 1] + lines[doc.end_lineno:last]
             if line.strip()]

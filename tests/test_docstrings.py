@@ -11,7 +11,7 @@ import traceback
 
 import pytest
 
-from lora_lib.docstrings import MODULES, _functions, chats, pairs, prose, score
+from lora_lib.docstrings import MODULES, _functions, _paragraphs, chats, pairs, prose, score
 
 FILE = '''
 def kept(a):
@@ -59,7 +59,12 @@ def short():
     """Do it."""
     return sum([])
 
-def one_line(): "Return a sum of things."; return sum([])
+def one_line(): "Return a sum of things."; return sum([
+    1, 2])
+
+def dotted():
+    """Do what os.path does."""
+    return sum([])
 
 def wordy():
     """Return a %s thing."""
@@ -78,7 +83,8 @@ b"""
 
 def test_a_made_up_file():
     assert sorted(_functions(FILE)) == [
-        ("async def inside(self):\n    text = \"two\\n\"\n    return text", "Return what is inside."),
+        ('async def inside(self):\n    text = "two\\n"\n    return text', "Return what is inside."),
+        ("def dotted():\n    return sum([])", "Do what os.path does."),
         ("def kept(a):\n    # a comment\n    return a + 1", "Add one to a."),
         ('def torn():\n    if True:\n        def inner():\n            """Return one that does so '
          'too."""\n            return """a\nb"""\n    return inner',
@@ -120,6 +126,31 @@ def test_every_pair_is_a_function_and_a_sentence_that_it_does_not_hold(part):
         assert ast.get_docstring(function) != sentence and score(sentence, sentence)["sentence"]
 
 
+def test_paragraphs_are_plain():
+    topic = """The heading
+***********
+
+A paragraph of
+comma-
+separated words.
+
+   An indented one, of a list.
+
+* An item.
+
+x = 1 is code.
+
+
+New in version 3.3: A note.
+
+See also the rest.
+
+The "end" is near.
+"""
+    assert list(_paragraphs(topic)) == ["A paragraph of comma-separated words.",
+                                        'The "end" is near.']
+
+
 def test_prose_is_prose():
     passages = prose(50)
     assert len(set(passages)) == 50 and prose(50) == passages != prose(50, seed=1)
@@ -134,6 +165,7 @@ def test_score():
     assert score("return a path", answer) == {"exact": False, "sentence": False, "overlap": 2 / 3}
     assert not score("Return the path.\nIt is long.", answer)["sentence"]
     assert score("path path path path", answer)["overlap"] == 2 / 7     # a word counts as often
+    assert score("the hat and the cat", "The cat and the hat.")["overlap"] == 1
     assert score("", answer) == {"exact": False, "sentence": False, "overlap": 0}
 
 

@@ -94,7 +94,7 @@ def test_whole_runs_are_judged_by_the_rows(tmp_path):
                                       for step in range(2)])
         text = page.runs(tmp_path)
         assert text.count("| yes |") == reached and text.count("| **no** |") == 3 - reached
-    assert "None has been measured" in page.runs(None)
+    assert "Not measured yet" in page.runs(None)
 
 
 def test_a_whole_run_of_two_steps(tmp_path):
