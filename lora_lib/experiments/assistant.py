@@ -187,19 +187,15 @@ def compared(task: str, method: str, what: str) -> np.ndarray:
     return column([row for row in found if row["seed"] in seeds(task)], what)
 
 
-def answers() -> list[Row]:
+def answers(task: str) -> list[Row]:
     """What the assistant says to the first requests of the test, before and after a run of LoRA."""
-    found = []
-    for task in TASKS:
-        lr, test = best_lr(read("assistant"), task, "LoRA"), chats(task, 6, 0, "test")
-        model = fresh("LoRA", seed=0)
-        train(model, encode(model.tokenizer, chats(task, TRAINED, 0, "train")), lr=lr,
-              steps=STEPS[task], seed=0, progress=False)
-        said = [replies(m, m.tokenizer, [asked(chat) for chat in test]) for m in (base(), model)]
-        found += [{"task": task, "request": chat[1]["content"], "expected": chat[-1]["content"],
-                   "before": before, "after": after}
-                  for chat, before, after in zip(test, *said)]
-    return found
+    lr, test = best_lr(read("assistant"), task, "LoRA"), chats(task, 6, 0, "test")
+    model = fresh("LoRA", seed=0)
+    train(model, encode(model.tokenizer, chats(task, TRAINED, 0, "train")), lr=lr,
+          steps=STEPS[task], seed=0, progress=False)
+    said = [replies(m, m.tokenizer, [asked(chat) for chat in test]) for m in (base(), model)]
+    return [{"task": task, "request": chat[1]["content"], "expected": chat[-1]["content"],
+             "before": before, "after": after} for chat, before, after in zip(test, *said)]
 
 
 def judged(differences, least: float) -> str:
@@ -262,4 +258,4 @@ if __name__ == "__main__":
         if len(read("assistant")) == before:
             break
     main(trial, points(read("assistant")), "assistant")
-    write(RESULTS / "assistant_answers.csv", answers())
+    write(RESULTS / "assistant_answers.csv", [row for task in TASKS for row in answers(task)])
