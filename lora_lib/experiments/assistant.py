@@ -1,6 +1,6 @@
 """A real assistant learns two tasks: SmolLM2-135M, with LoRA, fully, or from examples in its prompt.
 
-    python -m lora_lib.experiments.assistant --workers 2     about two hours on two cores
+    python -m lora_lib.experiments.assistant --workers 2     hours on two cores
 
 "calls" turns requests into tool calls, which the project makes from templates; the test has
 phrasings, names and values that training never had. "docstrings" says in one sentence what a
