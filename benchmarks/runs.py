@@ -5,8 +5,10 @@
 
 Everybody trains the same adapters, from the same first values, on the same batches of tool calls
 (lora_lib/calls.py) in the same order, with the same AdamW at a constant rate, in float32. Trainer and
-SFTTrainer are set up as their documentation shows it. A run's time is that of its training call; its
-memory is the most that its process held, and how much of that came after the model was loaded.
+SFTTrainer are set up as their documentation shows it; and both sides once more with two rows of a
+batch at a time, which takes less memory (micro_batch_size, gradient_accumulation_steps). A run's time
+is that of its training call; its memory is the most that its process held, and how much of that came
+after the model was loaded.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import islice
@@ -34,7 +37,7 @@ from lora_lib.torch import fine_tune, inject, save_adapter
 from lora_lib.tuning.data import Rows, encode
 from lora_lib.tuning.loop import _batches
 
-BATCH, RATE, RANK, ALPHA, EXAMPLES, SEED = 8, 1e-3, 8, 16, 400, 0
+BATCH, PART, RATE, RANK, ALPHA, EXAMPLES, SEED = 8, 2, 1e-3, 8, 16, 400, 0
 
 
 def data(steps: int) -> tuple[Rows, list[int]]:
@@ -57,12 +60,12 @@ def shares(steps: int) -> dict[str, float]:
             "learned": sum(int((row != -100).sum()) for row in labels) / tokens}
 
 
-def ours(rows: Rows, order: list[int], steps: int):
+def ours(rows: Rows, order: list[int], steps: int, part: int | None = None):
     model = inject(load_pretrained("smollm2"), "all-linear", RANK, ALPHA, seed=SEED)
 
     def run():
         return fine_tune(model, rows, steps=steps, batch_size=BATCH, lr=RATE, seed=SEED,
-                         progress=False)
+                         micro_batch_size=part, progress=False)
     return model, run
 
 
@@ -78,14 +81,15 @@ def theirs():
         return PeftModel.from_pretrained(base, Path(folder) / "first", is_trainable=True)
 
 
-def settings(kind, folder: str, steps: int, **options):
-    return kind(folder, max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=RATE,
+def settings(kind, folder: str, steps: int, part: int = BATCH, **options):
+    return kind(folder, max_steps=steps, per_device_train_batch_size=part,
+                gradient_accumulation_steps=BATCH // part, learning_rate=RATE,
                 lr_scheduler_type="constant", train_sampling_strategy="sequential",
                 logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, seed=SEED,
                 disable_tqdm=True, **options)
 
 
-def trainer(rows: Rows, order: list[int], steps: int):
+def trainer(rows: Rows, order: list[int], steps: int, part: int = BATCH):
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
     # In transformers' own form: one row of tokens, labels for the same positions.
     whole = [torch.cat([rows.inputs[i], rows.labels[i][-1:]]).tolist() for i in order]
@@ -93,7 +97,7 @@ def trainer(rows: Rows, order: list[int], steps: int):
     examples = [{"input_ids": x, "labels": y, "attention_mask": [1] * len(x)}
                 for x, y in zip(whole, labels)]
     tokenizer = load_pretrained("smollm2").tokenizer
-    it = Trainer(theirs(), settings(TrainingArguments, tempfile.mkdtemp(), steps),
+    it = Trainer(theirs(), settings(TrainingArguments, tempfile.mkdtemp(), steps, part),
                  train_dataset=examples, data_collator=DataCollatorForSeq2Seq(tokenizer))
     return it.model, lambda: _losses(it)
 
@@ -116,7 +120,9 @@ def _losses(it):
     return [entry["loss"] for entry in it.state.log_history if "loss" in entry]
 
 
-METHODS = {"lora_lib": ours, "PEFT, Trainer": trainer, "PEFT, SFTTrainer": sft}
+METHODS = {"lora_lib": ours, "lora_lib, 2 rows at a time": partial(ours, part=PART),
+           "PEFT, Trainer": trainer, "PEFT, Trainer, 2 rows at a time": partial(trainer, part=PART),
+           "PEFT, SFTTrainer": sft}
 
 
 def one(method: str, steps: int) -> dict:

@@ -152,6 +152,17 @@ def test_peft_computes_what_was_trained(home, tuned):
     assert asked["before"] == reply(plain, plain.tokenizer, asked["messages"])
 
 
+@pytest.mark.parametrize("option", [["--micro-batch", "3"], ["--checkpointing"]])
+def test_what_saves_memory_changes_the_rounding_alone(home, tuned, tmp_path, option):
+    assert main(tune(home, tmp_path / "adapter", *option)) == 0
+    losses, expected = (json.loads((f / DONE).read_text())["losses"]
+                        for f in (tmp_path / "adapter", tuned))
+    assert losses == pytest.approx(expected, rel=1e-3) and losses != expected
+    these, those = (contents(f / WEIGHTS)[0] for f in (tmp_path / "adapter", tuned))
+    for key in those:
+        assert (these[key] - those[key]).norm() < 0.02 * those[key].norm(), key
+
+
 def test_kill_9_in_the_middle_of_a_checkpoint_changes_nothing(home, tuned, tmp_path, capsys):
     out = tmp_path / "adapter"
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

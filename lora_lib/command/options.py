@@ -166,6 +166,12 @@ def _tune(tune):
     long.add_argument("--steps", type=_whole(1), metavar="N", help="or the number of steps")
     training.add_argument("--batch", type=_whole(1), default=8, metavar="N",
                           help="rows in a step (default: 8)")
+    training.add_argument("--micro-batch", type=_whole(1), metavar="N",
+                          help="so many of them go through the model at a time; fewer take less "
+                          "memory, the step is the same (default: all)")
+    training.add_argument("--checkpointing", action="store_true",
+                          help="keep each block's input alone and compute the rest again: still "
+                          "less memory, a third more time")
     training.add_argument("--length", type=_whole(2), default=1024, metavar="N",
                           help="the most tokens of a row; what is longer is cut off and counted "
                           "(default: 1024)")

@@ -50,6 +50,9 @@ def tune(options) -> int:
     with naming("--targets and --rank"):
         inject(model, options.targets, options.rank, options.alpha, options.dropout,
                seed=options.seed)
+    if options.checkpointing:
+        with naming("--checkpointing"):
+            _checkpointing(model)
     _say_sizes(model, steps, len(rows), len(held), settings)
     few = len(every.cut) + len(every.dropped) < MANY * len(examples)
     if told(check(model, stage="start", data=every, allow=NO_ROOM if few else ())) \
@@ -70,6 +73,13 @@ def tune(options) -> int:
     return 0
 
 
+def _checkpointing(model):
+    """Switch transformers' checkpointing on, under the name that it has in this release."""
+    old = "gradient_checkpointing_enable"
+    enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, old)
+    enable({"use_reentrant": False})
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 itself; elsewhere it is slower than float32."""
     asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -79,7 +89,7 @@ def cpu_has_bfloat16() -> bool:
 def _settings(options, examples, apart):
     """All that decides what comes out: the same settings are the same run."""
     names = ("rank", "alpha", "targets", "dropout", "lr", "epochs", "steps", "batch", "length",
-             "held_out", "seed", "samples")
+             "held_out", "seed", "samples", "micro_batch", "checkpointing")
     settings = {"model": full_name(options.model)}
     settings |= {name: getattr(options, name) for name in names}
     settings["epochs"] = options.epochs or (None if options.steps else 3)
@@ -145,7 +155,7 @@ def _train(model, rows, held, steps, folder, record, settings, options):
             record["losses"] = fine_tune(
                 model, rows, steps=end, batch_size=options.batch, lr=options.lr,
                 schedule=warmup_cosine(steps, warmup=steps // 20), seed=options.seed,
-                precision=precision, checkpoint=checkpoint,
+                precision=precision, micro_batch_size=options.micro_batch, checkpoint=checkpoint,
                 checkpoint_every=options.checkpoint_every)
         except ValueError as error:
             raise ValueError(f"{error}; delete {checkpoint} to start over") from error

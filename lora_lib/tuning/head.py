@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 CHUNK = 512         # positions whose logits exist at a time
 SHORTEST = 8        # a common beginning shorter than this is not worth the trouble
+Past = list[tuple[Tensor, Tensor]]  # keys and values (1, heads, length, width) of each layer
 NOT_SO = (AttributeError, TypeError, ValueError, RuntimeError, IndexError)   # built otherwise
 
 
@@ -79,28 +80,47 @@ class Causal:
                 module.training = mode
         return None
 
-    def states(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """States (m, width), labels (m,) and row numbers (m,) of the m positions with a label."""
+    def beginning(self, inputs: Tensor, labels: Tensor) -> Past:
+        """Each layer's keys and values of the tokens that all rows begin with; empty if none do."""
         common = self._common(inputs, labels)
-        if common:
-            from transformers import DynamicCache
-            past = DynamicCache()
-            names = inspect.signature(self.body.forward).parameters
-            cache = {"cache" if "cache" in names else "past_key_values": past, "use_cache": True}
-            self.body(input_ids=inputs[:1, :common], **cache)
-            past.batch_repeat_interleave(len(inputs))
-            out = self.body(input_ids=inputs[:, common:], **cache)
-        else:
-            out = self.body(input_ids=inputs, use_cache=False)
-        asked = labels[:, common:] != -100
-        rows = torch.arange(len(inputs), device=inputs.device)[:, None].expand_as(asked)
-        return out.last_hidden_state[asked], labels[:, common:][asked], rows[asked]
+        if not common:
+            return []
+        cache = self._read(inputs[:1, :common], [])[1]
+        return [(layer.keys, layer.values) for layer in cache.layers]
 
-    def loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
+    def states(self, inputs: Tensor, labels: Tensor,
+               past: Past | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """States (m, width), labels (m,) and row numbers (m,) of the m positions with a label.
+
+        `past` is the `beginning` of a batch that these rows are part of; None finds their own.
+        """
+        past = self.beginning(inputs, labels) if past is None else past
+        start = past[0][0].shape[2] if past else 0
+        asked = labels[:, start:] != -100
+        end = start + int((asked.any(0) * torch.arange(1, asked.shape[1] + 1,
+                                                       device=asked.device)).max())
+        asked, labels = asked[:, :end - start], labels[:, start:end]   # after it nobody is asked
+        rows = torch.arange(len(inputs), device=inputs.device)[:, None].expand_as(asked)
+        return self._read(inputs[:, start:end], past)[0][asked], labels[asked], rows[asked]
+
+    def loss(self, inputs: Tensor, labels: Tensor, past: Past | None = None) -> Tensor:
         """The mean cross-entropy over the labels, a scalar; `cross_entropy` of all logits."""
-        states, labels, _ = self.states(inputs, labels)
+        states, labels, _ = self.states(inputs, labels, past)
         weight, bias = self.head.weight, self.head.bias
         return _HeadLoss.apply(states, weight, bias, labels) / len(labels)
+
+    def _read(self, tokens, past):
+        """States (n, length, width) of tokens (n, length) after `past`; with the cache, if shared."""
+        if not self.shares:
+            return self.body(input_ids=tokens, use_cache=False).last_hidden_state, None
+        from transformers import DynamicCache
+        cache = DynamicCache()
+        for i, pair in enumerate(past):
+            cache.update(*(t.expand(len(tokens), -1, -1, -1) for t in pair), i)
+        names = inspect.signature(self.body.forward).parameters
+        key = "cache" if "cache" in names else "past_key_values"
+        out = self.body(input_ids=tokens, **{key: cache}, use_cache=True)
+        return out.last_hidden_state, cache
 
     def _common(self, inputs, labels):
         """How many tokens all rows begin with, none of which has a label."""

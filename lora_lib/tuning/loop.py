@@ -46,8 +46,8 @@ def fine_tune(model: nn.Module, data: tuple[Tensor, ...] | Rows, *, steps: int, 
               lr: float = 1e-3, weight_decay: float = 0.0, max_grad_norm: float | None = 1.0,
               schedule: Callable[[int], float] | None = None,
               loss: Callable[..., Tensor] = cross_entropy, precision: str = "auto",
-              checkpoint: str | Path | None = None, checkpoint_every: int = 100, seed: int = 0,
-              progress: bool = True) -> list[float]:
+              micro_batch_size: int | None = None, checkpoint: str | Path | None = None,
+              checkpoint_every: int = 100, seed: int = 0, progress: bool = True) -> list[float]:
     """Train the parameters that require a gradient with AdamW; return every step's loss.
 
     After `inject` that trains the adapters; on a plain model, everything (full fine-tuning).
@@ -62,6 +62,10 @@ def fine_tune(model: nn.Module, data: tuple[Tensor, ...] | Rows, *, steps: int, 
     precision  "model" computes in the model's own dtypes; "bfloat16" and "float16" under autocast,
                float16 with a scaled loss. "auto" is "model" on the CPU; on a GPU bfloat16 where it
                is native, and float16 elsewhere.
+    micro_batch_size   so many of a batch's rows go through the model at a time, None for all; their
+               gradients are summed. Activations take that much less memory, and the step is the
+               same up to rounding, and another draw of dropout. (transformers' models can do with
+               still less, in more time: call `model.gradient_checkpointing_enable()` before.)
     checkpoint  a safetensors file, replaced atomically every `checkpoint_every` steps and at the
                end. If it exists, the run goes on from there: on the CPU bit for bit as if it had
                never stopped. `steps` may grow; the rest must be as it was.
@@ -72,8 +76,13 @@ def fine_tune(model: nn.Module, data: tuple[Tensor, ...] | Rows, *, steps: int, 
     FloatingPointError when the loss or its gradient is not finite: the model then keeps the
     parameters of the step before.
     """
+    part = batch_size if micro_batch_size is None else micro_batch_size
     _check_numbers(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
-                   max_grad_norm=max_grad_norm, checkpoint_every=checkpoint_every, seed=seed)
+                   max_grad_norm=max_grad_norm, checkpoint_every=checkpoint_every, seed=seed,
+                   micro_batch_size=part)
+    if micro_batch_size and loss is not cross_entropy:
+        raise ValueError("micro_batch_size sums the losses of parts by their numbers of labels, as "
+                         "cross_entropy needs; leave it out for a loss of your own")
     trainable = _trainable(model)
     device = trainable[0].device
     precision = _precision(precision, device, trainable)
@@ -90,7 +99,9 @@ def fine_tune(model: nn.Module, data: tuple[Tensor, ...] | Rows, *, steps: int, 
         "max_grad_norm": max_grad_norm, "precision": precision, "seed": seed,
         "device": device.type, "data": _fingerprint(data),
         "frozen weights": fingerprint({name: t for name, t in stored_weights(model).items()
-                                       if not t.requires_grad})})
+                                       if not t.requires_grad})}
+        | ({"micro_batch_size": micro_batch_size} if micro_batch_size else {}))
+    autocast = lambda: _autocast(precision, device)
 
     with _training_mode(model), _own_random_numbers(seed, device), torch.enable_grad():
         if path is not None and path.exists():
@@ -100,14 +111,11 @@ def fine_tune(model: nn.Module, data: tuple[Tensor, ...] | Rows, *, steps: int, 
         bar = tqdm(islice(rows_of, start, steps), initial=start, total=steps, unit="step",
                    leave=False, **hidden)
         for step, rows in enumerate(bar, start):
-            *inputs, labels = (t.to(device) for t in (
-                data.batch(rows) if ragged else [t[rows.to(t.device)] for t in data]))
-            with _autocast(precision, device):
-                value = causal.loss(*inputs, labels) if causal else loss(model(*inputs), labels)
-            run.losses.append(_finite(value, step))
+            batch = [t.to(device) for t in (
+                data.batch(rows) if ragged else [t[rows.to(t.device)] for t in data])]
             run.factors.append(_set_lr(optimizer, lr, schedule, step))
             optimizer.zero_grad()
-            scaler.scale(value).backward()
+            run.losses.append(_backward(causal or model, loss, batch, part, autocast, scaler, step))
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(trainable, max_grad_norm or math.inf)
             _check_gradient(norm, scaler, step)
@@ -118,6 +126,32 @@ def fine_tune(model: nn.Module, data: tuple[Tensor, ...] | Rows, *, steps: int, 
                 run.save(path)
     optimizer.zero_grad()
     return run.losses
+
+
+def _backward(model, loss, batch, part, autocast, scaler, step):
+    """Add the gradients of a batch's loss, `part` rows at a time; returns the loss, a float.
+
+    Rows of a `Causal` model read copies of what they have in common. The gradient gathers there,
+    and goes through it once.
+    """
+    *_, labels = batch
+    shared = isinstance(model, Causal)
+    with autocast():
+        past = model.beginning(*batch) if shared else []
+    copies = [tuple(t.detach().requires_grad_(t.requires_grad) for t in pair) for pair in past]
+    total, asked = 0.0, lambda t: int((t != -100).sum())
+    for *inputs, some in zip(*(t.split(part) for t in batch)):
+        share = 1.0 if part >= len(labels) else asked(some) / max(1, asked(labels))
+        if share or not asked(labels):           # with no label at all, the mean is not a number
+            with autocast():
+                value = model.loss(*inputs, some, copies) if shared else loss(model(*inputs), some)
+            total += share * _finite(value, step)
+            scaler.scale(value * share).backward()
+    read = [(t, copy.grad) for pair, twins in zip(past, copies) for t, copy in zip(pair, twins)
+            if copy.grad is not None]
+    if read:
+        torch.autograd.backward(*zip(*read))
+    return total
 
 
 def _batches(n: int, batch_size: int, seed: int,

@@ -88,12 +88,15 @@ def test_whole_runs_are_judged_by_the_rows(tmp_path):
                                               "loss": 1.0, "seconds": s, "peak": gb, "above": gb / 2}
     about = page.about(page.newest()) | {"shared": 0.6, "learned": 0.2}
     (tmp_path / "about.json").write_text(json.dumps(about))
-    for share, reached in ((0.3, 3), (0.9, 0)):
+    few, trainer = ", 2 rows at a time", "PEFT, Trainer"
+    for shares, reached in (((0.3, 0.2), 6), ((0.9, 0.5), 1), ((0.5, 0.3), 4), ((0.9, 0.8), 0)):
+        taken = dict(zip(("lora_lib", "lora_lib" + few), shares)) | {trainer: 1.0,
+                                                                      trainer + few: 0.5}
         write(tmp_path / "runs.csv", [row(m, i, step, 10 * s, 1e9 * s) for i in range(3)
-                                      for m, s in (("lora_lib", share), ("PEFT, Trainer", 1.0))
-                                      for step in range(2)])
+                                      for m, s in taken.items() for step in range(2)])
         text = page.runs(tmp_path)
-        assert text.count("| yes |") == reached and text.count("| **no** |") == 3 - reached
+        assert text.count(", yes") == reached and text.count(", **no**") == 6 - reached
+        assert f"the time is `{shares[1] / 0.5:.2f}` of Trainer's" in text
     assert "Not measured yet" in page.runs(None)
 
 

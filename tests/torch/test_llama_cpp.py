@@ -105,11 +105,13 @@ def test_beside_the_packaged_base(files):
     assert equal(adapted, want[:10], new) >= 5 > equal(alone, want[:10], new)
 
 
-def test_a_text_is_cut_into_the_tokenizer_s_own_tokens(files):
+@pytest.mark.parametrize("packaged", [False, True], ids=["saved", "packaged"])
+def test_a_text_is_cut_into_the_tokenizer_s_own_tokens(files, packaged):
     from lora_lib.experiments.llama_cpp import connect
     folder, prompts, _ = files
-    tokenizer, ask = load_pretrained("smollm2").tokenizer, connect(folder / "base.gguf")
-    for text in [*TEXTS, *prompts, "<|im_start|><|im_end|> <|endoftext|>"]:
+    tokenizer = load_pretrained("smollm2").tokenizer
+    ask = connect(smollm2.gguf_path() if packaged else folder / "base.gguf")
+    for text in [*TEXTS, *prompts, "<|im_start|><|im_end|> <|endoftext|>", "if x:  12  ½ ③"]:
         assert ask("/tokenize", content=text)["tokens"] == tokenizer(text).input_ids, text
 
 

@@ -38,12 +38,13 @@ def assert_same(model, inputs, labels, parts=None):
     """Our loss and its gradients are those of the cross-entropy of all logits, in float64.
 
     Llama's norms compute in float32 all the same, and round a sum over rows that share a beginning
-    once where they round it row by row otherwise.
+    once where they round it row by row otherwise, and over fewer positions where the last have no
+    label.
     """
     parts = parts or Causal.of(model)
     ours, theirs = parts.loss(inputs, labels), cross_entropy(model(inputs), labels)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
-    limit = 1e-6 if parts._common(inputs, labels) else 1e-10
+    limit = 1e-6 if parts._common(inputs, labels) or (labels[:, -1] == -100).all() else 1e-10
     ours, theirs = gradients(model, ours), gradients(model, theirs)
     for name in theirs:
         assert (ours[name] - theirs[name]).norm() <= limit * theirs[name].norm(), name
@@ -189,7 +190,8 @@ def test_a_common_beginning_is_computed_once(common):
         lambda module, args, out: seen.append(tuple(args[0].shape[:2])))
     parts.loss(inputs, labels)
     handle.remove()
-    assert seen == ([(1, 12), (5, 18)] if common else [(5, 30)])
+    end = int((labels != -100).any(0).nonzero().max()) + 1   # what follows is not computed at all
+    assert end < 30 and seen == ([(1, 12), (5, end - 12)] if common else [(5, end)])
 
 
 # --- which models, and when ---------------------------------------------------------------------
@@ -274,6 +276,59 @@ def test_training_goes_step_by_step_as_with_all_logits(kind, monkeypatch):
     assert losses == pytest.approx(expected, rel=1e-6) and losses[-1] < losses[0]
     for left, right in zip(lora_parameters(ours), lora_parameters(theirs), strict=True):
         assert (left - right).norm() <= 1e-4 * right.norm()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 99])
+@pytest.mark.parametrize("kind, shares", [("llama", True), ("gpt2", True), ("gemma2", False)])
+def test_parts_of_a_batch_take_the_step_of_the_whole(kind, shares, size):
+    """Answers of many lengths; a common beginning still goes through the model once."""
+    def trained(seen, **options):
+        model = inject(causal(kind, torch.float64, final_logit_softcapping=None), "all-linear",
+                       rank=4, seed=0, dtype=torch.float64)
+        parts = Causal.of(model)
+        layer = next(m for n, m in model.named_modules() if n.endswith("mlp"))
+        layer.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+        losses = fine_tune(model, system_rows(), steps=6, batch_size=5, lr=1e-2, progress=False,
+                           **options)
+        return model, losses, parts.shares
+
+    seen, in_parts = [], []
+    whole, expected, _ = trained(seen)
+    ours, losses, shared = trained(in_parts, micro_batch_size=size)
+    a_step = {1: [1] * 5, 2: [2, 2, 1], 3: [3, 2], 99: [5]}[size]
+    assert shared == shares
+    assert in_parts[-6 * len([1] * shares + a_step):] == ([1] * shares + a_step) * 6
+    assert losses == pytest.approx(expected, rel=1e-6)
+    for left, right in zip(lora_parameters(ours), lora_parameters(whole), strict=True):
+        assert (left - right).norm() <= 1e-4 * right.norm()
+
+
+def test_parts_hold_less_at_a_time():
+    """Every tensor that autograd keeps, at its highest: with the parts one row, a small part."""
+    from torch.autograd.graph import saved_tensors_hooks
+
+    def most(**options):
+        held = peak = 0
+
+        def keep(tensor):
+            nonlocal held, peak
+            box = [tensor, tensor.numel() if tensor.ndim > 2 else 0]
+            held += box[1]
+            peak = max(peak, held)
+            return box
+
+        def give(box):
+            nonlocal held
+            held -= box[1]
+            box[1] = 0
+            return box[0]
+
+        model = inject(causal("llama"), "all-linear", rank=2, seed=0)
+        with saved_tensors_hooks(keep, give):
+            fine_tune(model, system_rows(), steps=1, batch_size=8, progress=False, **options)
+        return peak
+
+    assert most(micro_batch_size=1) < 0.4 * most()
 
 
 def test_a_loss_of_ones_own_gets_all_logits():

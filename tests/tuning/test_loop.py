@@ -196,6 +196,19 @@ def test_cross_entropy_of_sequences_leaves_out_minus_100():
     assert cross_entropy(logits.bfloat16(), labels).dtype == torch.float32
 
 
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_parts_of_a_batch_are_weighted_by_their_labels(size):
+    """Some rows have no label at all; the step is that of the whole batch's mean."""
+    x, y = examples(16)
+    y[::3] = -100
+    whole, parts = network(), network()
+    expected, losses = run(whole, (x, y), batch_size=8), run(parts, (x, y), batch_size=8,
+                                                             micro_batch_size=size)
+    assert losses == pytest.approx(expected, rel=1e-12)
+    for left, right in zip(parts.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-12)
+
+
 def test_a_loss_of_ones_own_and_two_inputs():
     class Sum(nn.Linear):
         def forward(self, a, b):
@@ -480,6 +493,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_model_left_alone(tmp_path, dama
     ({"weight_decay": 0.1}, "weight_decay: 0.0 in the checkpoint, 0.1 now"),
     ({"max_grad_norm": None}, "max_grad_norm: 1.0 in the checkpoint, None now"),
     ({"seed": 1}, "seed: 0 in the checkpoint, 1 now"),
+    ({"micro_batch_size": 2}, "micro_batch_size: absent in the checkpoint, 2 now"),
     ({"precision": "float16"}, "precision: model in the checkpoint, float16 now"),
     ({"data": examples(seed=6)}, "data: "),
     ({"data": examples(11)}, "data: "),
@@ -553,6 +567,8 @@ def test_a_gradient_that_is_not_finite_stops_before_it_does_harm():
     ({"steps": 2.5}, TypeError, "steps must be an integer, got 2.5"),
     ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
     ({"batch_size": True}, TypeError, "batch_size must be an integer"),
+    ({"micro_batch_size": 0}, ValueError, "micro_batch_size must be at least 1, got 0"),
+    ({"micro_batch_size": 2, "loss": lambda o, y: o.sum()}, ValueError, "a loss of your own"),
     ({"batch_size": 11}, ValueError, "batch_size = 11 is more than the 10 rows"),
     ({"lr": 0}, ValueError, "lr must be finite and positive, got 0"),
     ({"lr": math.nan}, ValueError, "lr must be finite"),
