@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_lib.torch.checkpoint import load_adapter, save_adapter
-from lora_lib.torch.inject import (inject, lora_modules, lora_state_dict, remove, replace_module,
-                                   saved_modules)
-from lora_lib.torch.linear import write_weight
+from lora_lib.torch.inject import (few, inject, lora_modules, lora_state_dict, remove,
+                                   replace_modules, saved_modules)
+from lora_lib.torch.linear import weight_of, write_weight
 from lora_lib.torch.lora import LoRALinear
 
 Selection = str | Mapping[str, float] | None
@@ -43,10 +43,10 @@ class Adapters:
     def __init__(self, model: nn.Module, present: str | None = None):
         layers = lora_modules(model)
         if present is None and layers:
-            raise ValueError(f"the model holds an adapter already, in {_few(layers)}; give it a "
+            raise ValueError(f"the model holds an adapter already, in {few(layers)}; give it a "
                              "name, Adapters(model, present=...), or remove(model) it")
         if whole := saved_modules(model):
-            raise ValueError(f"the model trains modules whole, {_few(whole)} (modules_to_save), of "
+            raise ValueError(f"the model trains modules whole, {few(whole)} (modules_to_save), of "
                              "which several adapters on one base cannot each have their own")
         if present is not None and (not layers or "" in layers):
             raise ValueError(f"present={present!r}, but the model holds no LoRALinear with a path")
@@ -138,7 +138,7 @@ class Adapters:
             self._originals[path] = {key: t.to("cpu", copy=True)
                                      for key, t in _tensors(layer.linear).items()}
             try:
-                write_weight(layer.linear, layer.merge_weights(layer.weight))
+                write_weight(layer.linear, layer.merge_weights(weight_of(layer.linear)))
             except Exception as error:
                 self._restore()
                 self._force(*before)
@@ -220,21 +220,21 @@ class Adapters:
         if present != self._installed:
             changed = sorted(path for path in present | self._installed
                              if present.get(path) is not self._installed.get(path))
-            raise ValueError(f"the adapters in {_few(changed)} were put in or taken out by other "
+            raise ValueError(f"the adapters in {few(changed)} were put in or taken out by other "
                              "means than Adapters; undo that first")
         if merged := [path for path, layer in present.items() if layer.merged]:
-            raise ValueError(f"{_few(merged)} is merged by merge(model); unmerge(model) it first, "
+            raise ValueError(f"{few(merged)} is merged by merge(model); unmerge(model) it first, "
                              "then use the method merge() of Adapters")
 
     def _put(self, layers):
         """Make `layers` the adapters in the model: references change, no number does."""
-        for path, layer in lora_modules(self.model).items():
-            replace_module(self.model, path, layer.linear)
-        for path, layer in layers.items():
+        replace_modules(self.model, {path: layer.linear
+                                     for path, layer in lora_modules(self.model).items()})
+        for layer in layers.values():
             # While it was out, the model may have moved, or changed to eval().
             layer.to(_device(layer.linear))
             layer.train(layer.linear.training)
-            replace_module(self.model, path, layer)
+        replace_modules(self.model, layers)
         self._installed = layers
 
     @torch.no_grad()
@@ -263,7 +263,7 @@ class Adapters:
                 put_in()
                 if whole := saved_modules(self.model):
                     remove(self.model)                   # gives them their values back
-                    raise ValueError(f"adapter {name!r} trains modules whole, {_few(whole)} "
+                    raise ValueError(f"adapter {name!r} trains modules whole, {few(whole)} "
                                      "(modules_to_save), of which a base has but one; "
                                      "use load_adapter() on a base of its own")
                 self._adapters[name] = lora_modules(self.model)
@@ -304,7 +304,3 @@ def _new_name(name, names):
                          "or choose another name")
     return name
 
-
-def _few(paths):
-    paths = list(paths)
-    return ", ".join(paths[:2]) + (f" and {len(paths) - 2} more" if len(paths) > 2 else "")

@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from lora_lib.torch.inject import lora_modules, saved_modules
-from lora_lib.torch.linear import full
+from lora_lib.torch.inject import idle_adapters, lora_modules, saved_modules
+from lora_lib.torch.linear import full, weight_of
 from lora_lib.torch.lora import LoRALinear
 
 STAGES = ("start", "train", "serve")
@@ -49,6 +49,12 @@ MODEL = {
                       "in 16 bits by autocast",
     "merged": "the update is in the weight already, so training A and B would change nothing; call "
               "unmerge() first",
+    "no gradient": "a backward pass has given other adapters a gradient and this one none: the "
+                   "model does not use the layer (or no token chose this expert), and the adapter "
+                   "would stay as it is; leave it out of target_modules",
+    "new head": "this head is frozen and looks as if it were new: random weights and no bias. It is "
+                "no part of the base, and save_adapter() does not keep it; name it in "
+                "modules_to_save",
     "optimizer": "the optimizer does not hold this, so it will not be trained; build the optimizer "
                  "after inject(), from lora_parameters(model)",
     "optimizer extra": "the optimizer holds this, which the model does not train; build it after "
@@ -187,6 +193,11 @@ def _check_training(model, layers, other, optimizer, found):
         found.add("adapter frozen", name, not all(p.requires_grad for p in parts))
         found.add("16-bit adapter", name, any(p.requires_grad and p.dtype in SMALL for p in parts))
         found.add("merged", name, layer.merged)
+    idle = idle_adapters(model)
+    for name in idle if len(idle) < len(layers) else ():
+        found.add("no gradient", name)
+    for name in _new_heads(model, layers):
+        found.add("new head", name)
     if optimizer is not None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         names = {id(p): name for name, p in model.named_parameters()}
@@ -194,6 +205,24 @@ def _check_training(model, layers, other, optimizer, found):
             found.add("optimizer", name, p.requires_grad and id(p) not in held)
             found.add("optimizer extra", name, not p.requires_grad and id(p) in held)
         found.add("optimizer extra", "a parameter of another model", bool(held - set(names)))
+
+
+def _new_heads(model, layers):
+    """Frozen linear layers outside the numbered blocks, with weights as transformers draws them."""
+    std = getattr(getattr(model, "config", None), "initializer_range", None)
+    base = getattr(model, "base_model", model)
+    if not std or not layers or base is model:
+        return
+    inside = {id(m) for m in base.modules()}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    for name, module in model.named_modules():
+        if type(module) is not nn.Linear or id(module) in inside or module is output \
+                or name in layers or module.weight.requires_grad or "before_lora" in vars(module):
+            continue
+        W, bias = module.weight.detach().float(), module.bias
+        error = 3 * std / (2 * W.numel()) ** 0.5         # three standard errors of a deviation
+        if abs(W.square().mean().sqrt() - std) < error and (bias is None or not bias.any()):
+            yield name
 
 
 def _check_base(layers, sound, other, base, found):
@@ -222,7 +251,8 @@ def _plain(name, layers):
 
 def _check_merge(name, layer: LoRALinear, original, found):
     """Which sum is in the weight? Each candidate is one mistake; the right one comes first."""
-    W, dtype = layer.weight, layer.weight.dtype
+    W = weight_of(layer.linear)
+    dtype = W.dtype
     delta = full(layer.delta_weight()).double()
     base = original.detach().to(W.device).double()
     candidates = {

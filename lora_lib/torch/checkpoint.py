@@ -3,17 +3,21 @@
 import json
 import os
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
 from lora_lib.files import atomic
-from lora_lib.torch.inject import (base_modules, inject_each, lora_modules, lora_state_dict,
-                                   nearest, saved_modules)
-from lora_lib.torch.linear import full, is_conv1d, is_linear, shape_of, weight_of
+from lora_lib.torch.inject import (bare_path, base_modules, check_bare, few, inject_each,
+                                   lora_modules, lora_state_dict, nearest, remove, saved_modules,
+                                   within)
+from lora_lib.torch.linear import (full, is_conv1d, is_linear, is_quantized, shape_of, stored,
+                                   weight_of)
 from lora_lib.torch.lora import LoRALinear
 from lora_lib.torch.peft_format import (CONFIG, WEIGHTS, digest, names_module, read_config,
                                         read_weights, setting, sort)
@@ -24,18 +28,25 @@ HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, *,
-                 base_model_name_or_path: str | None = None, task_type: str | None = None) -> Path:
+                 base_model_name_or_path: str | None = None, task_type: str | None = None,
+                 one_scaling: bool = False) -> Path:
     """Write the model's adapters and modules to save to `path`, for PEFT, vLLM, `load_adapter`.
 
     Both files are written whole before either takes its place. The metadata holds a checksum and a
-    few values of each adapted weight, by which `load_adapter` knows the base again. Give
-    `task_type="CAUSAL_LM"` for PEFT's Auto classes. Returns the folder. In a model that FSDP has
-    split, every process must call this; the first one writes.
+    few values of each adapted weight, of the embeddings and of the heads, by which `load_adapter`
+    knows the base again; null for a weight that cannot be read (offloaded, or another library's
+    codes). Give `task_type="CAUSAL_LM"` for PEFT's Auto classes. Returns the folder. In a model that
+    FSDP has split, every process must call this; the first one writes.
+
+    vLLM takes one factor for all layers, lora_alpha / r, and llama.cpp lora_alpha over the layer's
+    own rank. Where layers differ in it a warning says so; `one_scaling` multiplies their B's in
+    the file, and writes one alpha, so that every reader means the same.
 
     Raises ValueError if the model has no adapter, one holds NaN or infinity, or PEFT's file has no
     way to say what it holds, and FileExistsError if `path` is a file.
     """
-    layers = lora_modules(model)
+    bare = bare_path(model)
+    layers = {bare(name): layer for name, layer in lora_modules(model).items()}
     if not layers or "" in layers:
         raise ValueError("the model holds no LoRALinear with a name: there is no adapter to save")
     tensors = {key: t.to("cpu", copy=True).contiguous()      # copies: safetensors refuses tied ones
@@ -46,6 +57,15 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *,
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: _plain(layer.alpha) for name, layer in layers.items()}
     rank, alpha = _commonest(ranks), _commonest(alphas)
+    rslora = _one("use_rslora", {layer.use_rslora for layer in layers.values()})
+    if one_scaling:
+        rank, alpha = _fold(tensors, layers)
+        ranks, alphas, rslora = {}, {}, False
+    elif any(alpha / r != layer.alpha / layer.rank for layer in layers.values()
+             for r in (rank, layer.rank)):
+        warnings.warn("the layers differ in alpha / rank or in rank. PEFT and load_adapter read it "
+                      "right; vLLM takes one factor for all, llama.cpp one alpha: save with "
+                      "one_scaling=True for them", stacklevel=2)
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -54,17 +74,18 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": _one("dropout", {layer.dropout.p for layer in layers.values()}),
-        "use_rslora": _one("use_rslora", {layer.use_rslora for layer in layers.values()}),
+        "use_rslora": rslora,
         "target_modules": _targets(model, layers),
-        # Anchored: PEFT would let "fc" match "block.fc" as well.
-        "rank_pattern": {f"^{name}": r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {f"^{name}": a for name, a in alphas.items() if a != alpha},
+        # Regular expressions, anchored: PEFT would let "fc" match "block.fc" as well.
+        "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha},
         "bias": "none",
         "fan_in_fan_out": any(is_conv1d(layer.linear) for layer in layers.values()),
         "init_lora_weights": True,
         "modules_to_save": _whole(model, task_type) or None,
     }
     samples = {name: _sample(layer) for name, layer in layers.items()}
+    samples |= {bare(name): _sample(module) for name, module in _ends(model).items()}
     samples = json.dumps(samples)
     path = Path(path)
     if any(hasattr(p, "full_tensor") for p in model.parameters()) and torch.distributed.get_rank():
@@ -73,8 +94,22 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *,
     with atomic(path / WEIGHTS) as weights, atomic(path / CONFIG) as settings:
         save_file(tensors, weights, {"format": "pt", "lora_lib_base": samples,
                                      "lora_lib_sha256": digest(tensors, samples)})
-        settings.write_text(json.dumps(config, indent=2) + "\n")
+        settings.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def _fold(tensors, layers):
+    """Make all layers of one rank and one scaling, in place: zeros in A, factors in B."""
+    rank = max(layer.rank for layer in layers.values())
+    scaling = _commonest({name: layer.scaling for name, layer in layers.items()})
+    for name, layer in layers.items():
+        key, more = f"base_model.model.{name}.lora_{{}}.weight", rank - layer.rank
+        A, B = (tensors[key.format(part)] for part in "AB")
+        if layer.scaling != scaling:
+            B = (B.double() * (layer.scaling / scaling)).to(B.dtype)
+        tensors[key.format("A")] = F.pad(A, (0, 0, 0, more))
+        tensors[key.format("B")] = F.pad(B, (0, more))
+    return rank, _plain(scaling * rank)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike, *,
@@ -86,7 +121,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *,
     checked first: on an error the model is as it was. Returns the same model.
 
     `check_base` compares a few values of the base's weights with those that `save_adapter` noted,
-    to the precision of bfloat16, and refuses a base that the adapter was not trained on.
+    to the precision of bfloat16, and refuses a base that the adapter was not trained on: another
+    model, or one with a new classifier's head of its own, or with other rows for new tokens.
+    Embeddings in PEFT's files, kept since there are new tokens, become modules to save.
 
     Raises FileNotFoundError for a missing file; ValueError for a corrupt one, a setting that is
     not supported, a wrong shape, a NaN, or a base that does not fit; TypeError for a setting of
@@ -94,7 +131,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *,
     """
     path = Path(path)
     config, (tensors, samples) = read_config(path / CONFIG), read_weights(path / WEIGHTS)
-    parts, whole = sort(tensors, config, path / WEIGHTS)
+    check_bare(model)
+    parts, whole, copies = sort(tensors, config, path / WEIGHTS, _embeddings(model))
     plan = {name: (setting(config, "r", "rank_pattern", name),
                    setting(config, "lora_alpha", "alpha_pattern", name)) for name in parts}
     rslora = bool(config.get("use_rslora", False))
@@ -106,11 +144,22 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *,
     for name, state in whole.items():
         _check_whole(model, name, state)
     _check_complete(model, config, {*parts, *whole})
+    for name, module in _ends(model).items():
+        if check_base and name not in parts and not within(name, whole):
+            _check_same(name, _sample(module), samples.get(name), "neither saved nor the base's")
+    for name, t in copies.items():
+        _check_same(name, _spread(t), _sample(_module(model, name)), "not the one in the file")
     if not present:
         dropout = config.get("lora_dropout", 0.0)
-        inject_each(model, plan, dropout, modules_to_save=whole, use_rslora=rslora)
+        inject_each(model, plan, dropout, modules_to_save=whole, use_rslora=rslora, loading=True)
+    layers = lora_modules(model)
+    if gone := [name for name, layer in layers.items() if layer.A.is_meta]:
+        if not present:
+            remove(model)
+        raise ValueError(f"{few(gone)}: A and B are on the meta device, where values are lost; load "
+                         "the base's weights first")
     with torch.no_grad():
-        for name, layer in lora_modules(model).items():
+        for name, layer in layers.items():
             layer.A.copy_(parts[name][0])
             layer.B.copy_(parts[name][1])
     for name, state in whole.items():
@@ -147,8 +196,10 @@ def _check_whole(model, name, state):
     found = {key: tuple(t.shape) for key, t in state.items()}
     for key in sorted(expected.keys() | found):
         if expected.get(key) != found.get(key):
+            hint = ("; call model.resize_token_embeddings() as was done for the training"
+                    if name in _embeddings(model) else "")
             raise ValueError(f"modules_to_save: {name}.{key} has shape {found.get(key)} in the "
-                             f"file, expected {expected.get(key)}")
+                             f"file, expected {expected.get(key)}{hint}")
 
 
 def _check_complete(model, config, found):
@@ -158,8 +209,7 @@ def _check_complete(model, config, found):
              or not config.get("layers_to_transform")
              and names_module(config, "target_modules", name)
              and not names_module(config, "exclude_modules", name)}
-    more = sorted(name for name in names - found
-                  if not any(f"{name}.".startswith(f"{path}.") for path in found))
+    more = sorted(name for name in names - found if not within(name, found))
     if more:
         raise ValueError(f"the configuration names {len(more)} modules of this model for which the "
                          f"file holds nothing, such as {more[0]}: is it another base?")
@@ -175,20 +225,57 @@ def _check_fit(model, name, A, B, rank, sample):
     if (tuple(A.shape), tuple(B.shape)) != expected:
         raise ValueError(f"{name}: A and B have shapes {tuple(A.shape)} and {tuple(B.shape)}, "
                          f"expected {expected[0]} and {expected[1]}")
-    if sample is not None:
-        there, here = torch.tensor(sample), torch.tensor(_sample(module))
-        if not torch.allclose(here, there, rtol=2**-7, atol=1e-3 * float(there.abs().max())):
-            raise ValueError(f"{name}: the weight is not the one that the adapter was trained on; "
-                             "load the right base, or pass check_base=False if you mean it")
+    _check_same(name, _sample(module), sample, "not the one that the adapter was trained on")
 
 
-def _sample(layer, count=8):
-    """A few values of the base's weight, spread evenly over it."""
-    W = (layer.weight if isinstance(layer, LoRALinear) else weight_of(layer)).detach()
-    if getattr(layer, "merged", False):
-        W = layer.unmerge_weights(W)
-    W = full(W).flatten()
-    return [float(v) for v in W[torch.linspace(0, W.numel() - 1, count).long()].float()]
+def _check_same(name, here, there, what):
+    """Raise ValueError if two samples of a weight differ by more than bfloat16's rounding."""
+    if here is None or there is None:
+        return
+    here, there = torch.tensor(here), torch.tensor(there)
+    if not torch.allclose(here, there, rtol=2**-7, atol=1e-3 * float(there.abs().max())):
+        raise ValueError(f"{name}: the weight is {what}; load the right base (a new head or new "
+                         "tokens belong in modules_to_save when you train), or pass "
+                         "check_base=False if you mean it")
+
+
+def _sample(module):
+    """A few values of the base's weight, or None: keeping an adapter must not fail for them."""
+    try:
+        layer = module.linear if isinstance(module, LoRALinear) else module
+        W = weight_of(layer) if is_quantized(layer) else full(stored(layer, "weight"))
+        W = W.detach().T if is_conv1d(layer) else W.detach()
+        if getattr(module, "merged", False):
+            W = module.unmerge_weights(W)
+        return _spread(W)
+    except Exception:                            # a class of tensor that nobody here knows
+        return None
+
+
+def _spread(W, count=8):
+    """`count` values, spread evenly over a matrix; None where there are no plain numbers."""
+    if W.is_meta or not W.numel() or not W.is_floating_point():
+        return None
+    rows, columns = zip(*(divmod(i * (W.numel() - 1) // (count - 1), W.shape[1])
+                          for i in range(count)))
+    return W[list(rows), list(columns)].float().tolist()
+
+
+def _embeddings(model):
+    """The paths of the input and output embeddings of a model of transformers."""
+    found = [getattr(model, f"get_{kind}_embeddings", lambda: None)() for kind in ("input", "output")]
+    return {name for name, m in base_modules(model).items() if any(m is f for f in found)}
+
+
+def _ends(model):
+    """Embeddings, and linear layers outside the numbered blocks, without an adapter, by path.
+
+    They are where a model is not its base: rows for new tokens, a new head.
+    """
+    whole = saved_modules(model)
+    return {name: m for name, m in base_modules(model).items()
+            if not any(part.isdigit() for part in name.split(".")) and not within(name, whole)
+            and (isinstance(m, nn.Embedding) or is_linear(m) and not is_quantized(m))}
 
 
 def _targets(model, layers):
@@ -197,22 +284,30 @@ def _targets(model, layers):
     A name in PEFT's list also stands for each path that ends in it; where that would reach a
     module too many, a regular expression says it exactly.
     """
-    whole = tuple(f"{name}." for name in saved_modules(model))    # PEFT puts no adapter in these
-    modules = {n for n in base_modules(model) if not f"{n}.".startswith(whole)}
+    bare = bare_path(model)
+    whole = saved_modules(model)                     # PEFT puts no adapter in these
+    modules = {bare(n) for n in base_modules(model) if not within(n, whole)}
     everywhere = Counter(name.rpartition(".")[2] for name in modules)
     adapted = Counter(name.rpartition(".")[2] for name in layers)
     names = {leaf if adapted[leaf] == everywhere[leaf] else name
              for name in layers for leaf in [name.rpartition(".")[2]]}
-    if any(path.endswith(tuple(f".{name}" for name in names)) for path in modules - layers.keys()):
+    if any(_ends_in(path, names) for path in modules - layers.keys()):
         return "|".join(map(re.escape, layers))
     return sorted(names)
 
 
+def _ends_in(path, names):
+    """Whether a name is the end of the path, and not all of it."""
+    parts = path.split(".")
+    return any(".".join(parts[i:]) in names for i in range(1, len(parts)))
+
+
 def _whole(model, task_type):
     """The paths of the modules to save. In PEFT's list each stands for all paths that end so."""
-    names = list(saved_modules(model))
+    bare = bare_path(model)
+    names = [bare(name) for name in saved_modules(model)]
     ends = (*names, *HEADS.get(task_type, ()))
-    more = [n for n in base_modules(model) if n not in names and n.endswith(ends)]
+    more = [n for n in map(bare, base_modules(model)) if n not in names and n.endswith(ends)]
     if more:
         raise ValueError(f"PEFT would look for {more} in the file, since it trains whole every "
                          f"module whose path ends in one of {ends}: name those in modules_to_save "

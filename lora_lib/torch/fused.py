@@ -36,8 +36,7 @@ def lora_linear(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
         x, W, bias = _autocast(x, W, bias)
     if torch.is_grad_enabled():
         return _One.apply(x, W, bias, A, B, scaling)
-    y, _ = _forward(x if x.ndim == 2 else _rows(x), W, bias, A, B, scaling)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], len(W))
+    return _forward(x, W, bias, A, B, scaling)[0]
 
 
 def lora_linears(x: Tensor, layers: list[tuple]) -> tuple[Tensor, ...]:
@@ -58,10 +57,10 @@ def lora_linears(x: Tensor, layers: list[tuple]) -> tuple[Tensor, ...]:
 class _One(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, bias, A, B, scaling):
-        y, u = _forward(x if x.ndim == 2 else _rows(x), W, bias, A, B, scaling)
+        y, u = _forward(x, W, bias, A, B, scaling)
         ctx.save_for_backward(x, u, W, A, B)
         ctx.scaling = scaling
-        return y if x.ndim == 2 else y.view(*x.shape[:-1], len(W))
+        return y
 
     @staticmethod
     def backward(ctx, g):
@@ -88,12 +87,12 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scaling, *tensors):
         Ws, biases, As, Bs = _fours(tensors)
-        rows = _rows(x)
-        us = F.linear(rows, _like(x, torch.cat(As))).mul_(scaling).split([len(A) for A in As], 1)
-        ys = [_expand(rows, W, bias, _like(x, B), u) for W, bias, B, u in zip(Ws, biases, Bs, us)]
+        us = F.linear(_rows(x), _like(x, torch.cat(As))).mul_(scaling)
+        us = us.split([len(A) for A in As], 1)
+        ys = [_expand(x, W, bias, _like(x, B), u) for W, bias, B, u in zip(Ws, biases, Bs, us)]
         ctx.save_for_backward(x, *us, *tensors)
         ctx.scaling = scaling
-        return tuple(ys) if x.ndim == 2 else tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+        return tuple(ys)
 
     @staticmethod
     def backward(ctx, *gs):
@@ -117,14 +116,18 @@ class _Shared(torch.autograd.Function):
 
 
 def _forward(x, W, bias, A, B, scaling):
-    """y (n, d) and u (n, r)."""
-    u = F.linear(x, _like(x, A)).mul_(scaling)
+    """y (..., d) and u (n, r)."""
+    u = F.linear(_rows(x), _like(x, A)).mul_(scaling)
     return _expand(x, W, bias, _like(x, B), u), u
 
 
 def _expand(x, W, bias, B, u):
-    y = torch.mm(u, B.t()) if bias is None else torch.addmm(bias, u, B.t())
-    return _plus(y, x, W.t())
+    """y (..., d): memory of its own and no view, since what follows may work in place (a ReLU)."""
+    y = x.new_empty(*x.shape[:-1], len(W))
+    rows = _rows(y)
+    torch.mm(u, B.t(), out=rows) if bias is None else torch.addmm(bias, u, B.t(), out=rows)
+    torch.addmm(rows, _rows(x), W.t(), out=rows)
+    return y
 
 
 def _plus(total, a, b):
@@ -171,8 +174,8 @@ def fast_parts(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | N
     """W (d, k) and the bias, if the frozen layer's own forward may be left out; None if not.
 
     Not if it is quantized or another subclass, has hooks (FSDP's, offloading's, yours), or is
-    trained; nor while torch.compile, torch.func or forward-mode differentiation look on, or if x
-    is no ordinary tensor. Then the formula itself is what runs.
+    trained; nor while torch.compile, torch.jit.trace, torch.func or forward-mode differentiation
+    look on, or if x is no ordinary tensor. Then the formula itself is what runs.
     """
     conv1d = is_conv1d(linear)
     if not (conv1d or type(linear) is nn.Linear) or not is_plain(linear):
@@ -180,7 +183,8 @@ def fast_parts(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | N
     W, bias = linear.weight, linear.bias
     if (W.requires_grad or (bias is not None and bias.requires_grad)
             or type(x) not in ORDINARY or type(W) not in ORDINARY
-            or torch.compiler.is_compiling() or forward_ad._current_level >= 0
+            or x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing()
+            or forward_ad._current_level >= 0
             or torch._C._are_functorch_transforms_active()):
         return None
     return W.t() if conv1d else W, bias

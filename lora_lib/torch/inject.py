@@ -2,26 +2,32 @@
 
 import difflib
 import re
-from collections.abc import Collection
+import warnings
+from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.optim.swa_utils import AveragedModel
 
-from lora_lib.torch.linear import full, is_linear, is_quantized
+from lora_lib.rules import check_rank
+from lora_lib.torch.linear import (check_adaptable, check_writable, full, is_linear, is_quantized,
+                                   shape_of, stored, weight_of)
 from lora_lib.torch.lora import LoRALinear, generator_of
+from lora_lib.torch.peft_format import INNER
 
 
 def inject(model: nn.Module, target_modules: str | list[str], rank: int = 8, alpha: float = 16.0,
-           dropout: float = 0.0, *, modules_to_save: str | Collection[str] = (), seed=None,
-           **options) -> nn.Module:
+           dropout: float = 0.0, *, exclude_modules: str | Collection[str] = (),
+           modules_to_save: str | Collection[str] = (), seed=None, **options) -> nn.Module:
     """Put a LoRALinear in the place of every target and freeze all but the adapters.
 
     `target_modules` is what PEFT takes: a list of names, each matching a module of that name or
     whose path ends in it ("q_proj"); one such name; one regular expression that matches whole
     paths; or "all-linear", every nn.Linear except the output head that
-    `model.get_output_embeddings()` gives. `modules_to_save`, named in the same way, are trained
-    whole and saved with the adapters, such as a classifier's new head; a target inside one gets no
-    adapter. `seed` is LoRALayer's, and so are `options` (dtype, init_std, use_rslora). Returns the
+    `model.get_output_embeddings()` gives, and except those that cannot have an adapter, of which a
+    warning tells. `exclude_modules`, named in the same way, get none. `modules_to_save`, too, are
+    named so: they are trained whole and saved with the adapters, such as a classifier's new head;
+    a target inside one gets no adapter. `seed` is LoRALayer's, and so are `options` (dtype, init_std, use_rslora). Returns the
     same model; on an error it is as it was before.
 
     Raises ValueError when a name matches nothing (the nearest names are listed), when a target
@@ -31,33 +37,41 @@ def inject(model: nn.Module, target_modules: str | list[str], rank: int = 8, alp
     """
     check_bare(model)
     whole = find_targets(model, modules_to_save, "modules_to_save") if modules_to_save else []
-    names = [name for name in find_targets(model, target_modules) if not _within(name, whole)]
+    out = find_targets(model, exclude_modules, "exclude_modules") if exclude_modules else []
+    names = [name for name in find_targets(model, target_modules)
+             if not within(name, {*whole, *out})]
     if not names:
         raise ValueError(f"target_modules={target_modules!r} names only modules that "
-                         f"modules_to_save={modules_to_save!r} trains whole")
+                         f"modules_to_save={modules_to_save!r} trains whole"
+                         + (f" or exclude_modules={out} leaves out" if out else ""))
+    if target_modules == "all-linear":
+        names = _adaptable(model, names, rank, {*whole, *saved_modules(model)})
     plan = {name: (rank, alpha) for name in names}
     return inject_each(model, plan, dropout, modules_to_save=whole, seed=seed, **options)
 
 
 def inject_each(model: nn.Module, plan: dict[str, tuple[int, float]], dropout: float = 0.0, *,
-                modules_to_save: Collection[str] = (), seed=None, **options) -> nn.Module:
+                modules_to_save: Collection[str] = (), seed=None, loading: bool = False,
+                **options) -> nn.Module:
     """`inject` with a rank and an alpha of its own for each module path in `plan`.
 
-    `modules_to_save` holds whole paths too.
+    `modules_to_save` holds whole paths too. `loading` allows what PEFT's files may hold: ranks
+    above a layer's size, and an nn.MultiheadAttention's out_proj, which PEFT adapts in vain.
     """
     all_whole = {*modules_to_save, *saved_modules(model)}
-    whole = [name for name in modules_to_save if not _within(name, all_whole - {name})]
+    whole = [name for name in modules_to_save if not within(name, all_whole - {name})]
+    owners = owners_of(model)
     for name in plan:
-        check_target(model, name, all_whole)
+        check_target(model, name, all_whole, owners, loading)
     for name in whole:
-        _check_whole(model, name)
+        _check_whole(model, name, owners, all_whole)
     seed = generator_of(seed)                      # one generator: each A is another draw
     flags = [(p, p.requires_grad) for p in model.parameters()]
     adapters = {}
     try:
         for name, (rank, alpha) in plan.items():
             adapters[name] = LoRALinear(model.get_submodule(name), rank, alpha, dropout, seed=seed,
-                                        **options)
+                                        any_rank=loading, **options)
         states = {name: model.get_submodule(name).state_dict()
                   for name in whole if name not in saved_modules(model)}
         before = {name: {key: t.clone() for key, t in state.items()}
@@ -68,8 +82,7 @@ def inject_each(model: nn.Module, plan: dict[str, tuple[int, float]], dropout: f
         if type(error) in (ValueError, TypeError):
             raise type(error)(f"{name}: {error}") from error
         raise
-    for name, adapter in adapters.items():
-        replace_module(model, name, adapter)
+    replace_modules(model, adapters)
     for name, state in before.items():
         # The marker of a module to save: what it was, for remove(). It is not in the state dict.
         model.get_submodule(name).before_lora = state
@@ -77,6 +90,28 @@ def inject_each(model: nn.Module, plan: dict[str, tuple[int, float]], dropout: f
     for p in lora_parameters(model):
         p.requires_grad_(True)
     return model
+
+
+def _adaptable(model, names, rank, whole):
+    """Those of "all-linear" that can have an adapter; a warning tells of the others, and why."""
+    owners, reasons = owners_of(model), {}
+    for name in names:
+        module = model.get_submodule(name)
+        try:
+            check_target(model, name, whole, owners)
+            out_features, in_features = shape_of(module)
+            check_rank(rank, in_features, out_features)
+        except (TypeError, ValueError) as error:
+            reasons[name] = error
+    if len(reasons) == len(names) or isinstance(rank, bool) or not isinstance(rank, int):
+        return names                             # inject_each says what is wrong
+    adapted = [name for name in reasons if isinstance(model.get_submodule(name), LoRALinear)]
+    if adapted:
+        raise reasons[adapted[0]]
+    if reasons:
+        warnings.warn(f"target_modules='all-linear' leaves out {few(reasons)}: "
+                      f"{next(iter(reasons.values()))}", stacklevel=3)
+    return [name for name in names if name not in reasons]
 
 
 def lora_modules(model: nn.Module) -> dict[str, LoRALinear]:
@@ -89,6 +124,13 @@ def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if "before_lora" in vars(m)}
 
 
+def idle_adapters(model: nn.Module) -> list[str]:
+    """After a backward pass: the adapters that are trained and got no gradient, by path."""
+    return [name for name, layer in lora_modules(model).items()
+            if layer.A.grad is None and layer.B.grad is None
+            and (layer.A.requires_grad or layer.B.requires_grad)]
+
+
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """A and B of every adapter, then the modules to save: what the optimizer gets."""
     return [*(p for layer in lora_modules(model).values() for p in (layer.A, layer.B)),
@@ -98,23 +140,55 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """A and B of every adapter, and the modules to save, under PEFT's names for its files.
 
-    In a model that FSDP has split, every process must call this, and gets whole tensors. Raises
-    ValueError if torch.compile or DistributedDataParallel wraps the model, or a part of it.
+    In a model that FSDP 2 has split, every process must call this, and gets whole tensors. The
+    names that wrappers put into paths (torch.compile, DataParallel, checkpoint_wrapper) are left
+    out. Raises ValueError for an A or B that is not whole, or not there (flattened by FSDP 1, on
+    the meta device), and if DistributedDataParallel wraps the model, or a part of it.
     """
-    check_bare(model)
-    state = {f"{name}.lora_{part}.weight": getattr(layer, part).detach()
-             for name, layer in lora_modules(model).items() for part in "AB"}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(f"{name or 'the model'} is wrapped in DistributedDataParallel, and "
+                             "every process would write: pass its .module, in one process")
+    bare = bare_path(model)
+    state = {}
+    for name, layer in lora_modules(model).items():
+        shapes = {"A": (layer.rank, layer.in_features), "B": (layer.out_features, layer.rank)}
+        for part, shape in shapes.items():
+            tensor = full(stored(layer, part).detach())
+            if tuple(tensor.shape) != shape or tensor.is_meta:
+                raise ValueError(
+                    f"{name}: {part} has shape {tuple(tensor.shape)} on {tensor.device}, expected "
+                    f"{shape} with its values. Under FSDP 1 or ZeRO-3 gather the parameters first "
+                    "(FSDP.summon_full_params, deepspeed.zero.GatheredParameters)")
+            state[f"{bare(name)}.lora_{part}.weight"] = tensor
     for name, module in saved_modules(model).items():
-        state |= {f"{name}.{key}": t for key, t in module.state_dict().items()}
-    return {f"base_model.model.{key}": full(t) for key, t in state.items()}
+        state |= {f"{bare(name)}.{key}": full(t) for key, t in module.state_dict().items()}
+    return {f"base_model.model.{key}": t for key, t in state.items()}
+
+
+def inner_name(module: nn.Module) -> str | None:
+    """The name under which a wrapper holds what it wraps; None for what is no wrapper."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+    found = [name for name in INNER if name in module._modules]
+    return found[0] if found else "module" if isinstance(module, wrappers) else None
+
+
+def bare_path(model: nn.Module) -> Callable[[str], str]:
+    """A function from a module's path to the same without the names that wrappers put into it."""
+    inner = {f"{name}.{leaf}" if name else leaf for name, module in model.named_modules()
+             if (leaf := inner_name(module))}
+
+    def bare(path):
+        parts = path.split(".")
+        return ".".join(part for i, part in enumerate(parts)
+                        if ".".join(parts[:i + 1]) not in inner)
+    return bare if inner else lambda path: path
 
 
 def check_bare(model: nn.Module) -> None:
     """Raise ValueError if a wrapper's name would be in the paths of the model's modules."""
     for name, module in model.named_modules():
-        inner = "_orig_mod" if "_orig_mod" in module._modules else (
-            "module" if isinstance(module, nn.parallel.DistributedDataParallel) else None)
-        if inner:
+        if inner := inner_name(module):
             raise ValueError(f"{name or 'the model'} is wrapped in {type(module).__name__}: pass "
                              f"what is inside, its .{inner}; inject() first, then wrap")
 
@@ -130,11 +204,10 @@ def merge(model: nn.Module, *, keep_adapters: bool = False) -> nn.Module:
     """
     layers = _adapted(model)
     _rehearse(layers, merged=True)
-    for name, layer in layers.items():
+    for layer in layers.values():
         layer.merge()
-        if not keep_adapters:
-            replace_module(model, name, layer.linear)
     if not keep_adapters:
+        replace_modules(model, {name: layer.linear for name, layer in layers.items()})
         for module in saved_modules(model).values():
             del module.requires_grad_(False).before_lora
     return model
@@ -160,8 +233,7 @@ def remove(model: nn.Module) -> nn.Module:
     """
     layers = _adapted(model)
     _rehearse(layers, merged=False)
-    for name, layer in layers.items():
-        replace_module(model, name, layer.unmerge().linear)
+    replace_modules(model, {name: layer.unmerge().linear for name, layer in layers.items()})
     for module in saved_modules(model).values():
         module.requires_grad_(False).load_state_dict(module.before_lora)
         del module.before_lora
@@ -184,26 +256,32 @@ def _rehearse(layers, merged):
     for name, layer in layers.items():
         if layer.merged is not merged:
             try:
-                (layer.merge_weights if merged else layer.unmerge_weights)(layer.weight)
+                check_writable(layer.linear)
+                (layer.merge_weights if merged else layer.unmerge_weights)(weight_of(layer.linear))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of the one at the path `name`."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
+    """Put each module in the place of the one at its path, wherever else that one stands too."""
+    by_id = {id(model.get_submodule(name)): module for name, module in new.items()}
+    for parent in list(model.modules()):
+        for leaf, old in list(parent._modules.items()):
+            if id(old) in by_id:
+                setattr(parent, leaf, by_id[id(old)])
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by its path, without the model itself and without an adapter's own parts."""
-    inside = tuple(f"{name}." for name in lora_modules(model))
-    return {n: m for n, m in model.named_modules() if n and not n.startswith(inside)}
+    layers = lora_modules(model)
+    return {n: m for n, m in model.named_modules()
+            if n and not within(n.rpartition(".")[0], layers)}
 
 
-def _within(name, paths):
+def within(name: str, paths: Collection[str]) -> bool:
     """Whether the module `name` is one of `paths` or inside one."""
-    return any(f"{name}.".startswith(f"{path}.") for path in paths)
+    parts = name.split(".")
+    return any(".".join(parts[:i + 1]) in paths for i in range(len(parts)))
 
 
 def find_targets(model, target_modules, argument="target_modules"):
@@ -253,29 +331,33 @@ def nearest(model: nn.Module, name: str) -> str:
     return f"the nearest linear layers are {close}" if close else "it has no linear layer"
 
 
-def check_target(model: nn.Module, name: str, whole: Collection[str]) -> None:
+def check_target(model: nn.Module, name: str, whole: Collection[str],
+                 owners: dict[int, list[tuple[str, int]]], loading: bool = False) -> None:
     """Raise ValueError or TypeError, naming the module and why, unless it can have an adapter.
 
-    `whole` holds the paths of the modules that are trained whole.
+    `whole` holds the paths of the modules that are trained whole, `owners` is `owners_of(model)`.
     """
     module = model.get_submodule(name)
-    if _within(name, whole):
+    if within(name, whole):
         raise ValueError(f"{name} is trained whole (modules_to_save), and needs no adapter")
     if isinstance(module, LoRALinear):
         state = "is merged into its weight" if module.merged else "is there"
         raise ValueError(f"{name} has been adapted before, and the adapter {state}; "
                          "remove() or merge() it before another inject()")
-    if isinstance(module, NonDynamicallyQuantizableLinear):
+    if isinstance(module, NonDynamicallyQuantizableLinear) and not loading:
         raise TypeError(f"{name} belongs to an nn.MultiheadAttention, which reads the weight "
-                        "without calling the layer: an adapter there would do nothing")
+                        "without calling the layer: in PEFT an adapter there does nothing")
     if not is_linear(module):
         raise TypeError(f"{name} is a {type(module).__name__}, expected an nn.Linear")
-    if is_quantized(module):
-        return
-    _check_untied(model, name, {id(module.weight)})
+    try:
+        check_adaptable(module)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from error
+    if not is_quantized(module):
+        _check_untied(name, [module.weight], owners, {name})
 
 
-def _check_whole(model, name):
+def _check_whole(model, name, owners, whole):
     module = model.get_submodule(name)
     if lora_modules(module) or saved_modules(module).keys() - {""}:
         raise ValueError(f"{name} holds an adapter or a module to save already, and cannot be "
@@ -284,15 +366,41 @@ def _check_whole(model, name):
     if not parameters or not all(p.is_floating_point() for p in parameters):
         raise TypeError(f"{name} is a {type(module).__name__} without floating-point parameters: "
                         "as one of modules_to_save it has nothing to train")
-    _check_untied(model, name, {id(p) for p in parameters})
+    _check_untied(name, parameters, owners, whole)
 
 
-def _check_untied(model, name, weights):
-    """Raise ValueError if one of `weights`, ids of parameters inside `name`, is outside it too."""
-    owners = [(n, p) for n, p in model.named_parameters(remove_duplicate=False)
-              if id(p) in weights]
-    outside = {id(p) for n, p in owners if not _within(n, [name])}
-    if outside:
-        names = ", ".join(n for n, p in owners if id(p) in outside)
-        raise ValueError(f"{name} shares its weight with another module ({names}): "
-                         "training or merging it would change both. Untie them, or choose others")
+def owners_of(model: nn.Module) -> dict[int, list[tuple[str, int]]]:
+    """The paths of the parameters that lie in one place of memory, each with its module's id.
+
+    A module that stands at two paths, as in a model that uses one block twice, is one owner.
+    """
+    found: dict[int, list[tuple[str, int]]] = {}
+    for path, module in model.named_modules():
+        for leaf, p in module._parameters.items():
+            if p is not None:
+                found.setdefault(_place(p), []).append((f"{path}.{leaf}" if path else leaf,
+                                                        id(module)))
+    return found
+
+
+def _place(p):
+    """Where a parameter's numbers begin; the object itself where that says nothing (meta, ZeRO-3)."""
+    return (not p.is_meta and type(p) is nn.Parameter and p.data_ptr()) or id(p)
+
+
+def _check_untied(name, parameters, owners, inside):
+    """Raise ValueError if memory of the module `name` is that of one outside `inside` too."""
+    for p in parameters:
+        paths = owners.get(_place(p), [])
+        if len({owner for _, owner in paths}) > 1 and not all(
+                within(path.rpartition(".")[0], inside) for path, _ in paths):
+            names = ", ".join(path for path, _ in paths)
+            raise ValueError(f"{name} shares its weight with another module ({names}): "
+                             "training or merging it would change both. Untie them, or choose "
+                             "others")
+
+
+def few(paths: Collection[str]) -> str:
+    """Two of the paths, and how many more there are."""
+    paths = list(paths)
+    return ", ".join(paths[:2]) + (f" and {len(paths) - 2} more" if len(paths) > 2 else "")

@@ -4,7 +4,11 @@ Three kinds: nn.Linear; GPT-2's Conv1D of transformers, which stores the transpo
 layer, which has `in_features`, `out_features`, `dequantize()` and `quantize_(W)`.
 """
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -34,6 +38,76 @@ def weight_of(module: nn.Module) -> Tensor:
     if is_quantized(module):
         return module.dequantize()
     return module.weight.T if is_conv1d(module) else module.weight
+
+
+def check_adaptable(module: nn.Module) -> None:
+    """Raise TypeError unless an adapter beside this module can do what it should."""
+    if not is_linear(module):
+        raise TypeError(f"expected an nn.Linear to adapt, got {type(module).__name__}")
+    if is_quantized(module):
+        return
+    W = module.weight
+    if not isinstance(W, nn.Parameter):
+        raise TypeError("the layer's weight is not a parameter but computed, by a parametrization "
+                        "or a hook: remove that first")
+    if isinstance(W, nn.UninitializedParameter):
+        raise TypeError("the layer has no weight before its first input: send one batch through "
+                        "the model first")
+    if hasattr(W, "full_tensor"):                # FSDP would neither split A and B nor average them
+        raise TypeError("the layer's weight is a DTensor, split over processes already: inject() "
+                        "first, then fully_shard()")
+    if is_traceable_wrapper_subclass(W):
+        raise TypeError(f"the layer's weight is a {type(W).__name__}, another library's tensor: "
+                        "dequantize it first, or quantize with lora_lib.torch.quantize")
+    if W.is_floating_point() and W.element_size() < 2:
+        raise TypeError(f"the layer's weight is stored as {W.dtype}, without its scale no number: "
+                        "dequantize it first, or quantize with lora_lib.torch.quantize")
+
+
+@torch.no_grad()
+def check_writable(module: nn.Module) -> None:
+    """Raise ValueError unless `write_weight` changes what the module computes, and that alone.
+
+    A layer of an unknown class is asked what it makes of a few numbers.
+    """
+    if is_quantized(module):
+        return
+    W = weight_of(module)
+    if W.is_meta:
+        raise ValueError("the weight is on the meta device, offloaded or not loaded yet: a merge "
+                         "would be lost. Load the model without offloading")
+    if tuple(W.shape) != shape_of(module) or not W.is_floating_point():
+        raise ValueError(f"the weight is stored as {W.dtype}, {tuple(W.shape)}: split over "
+                         "processes, or quantized by another library, which keeps a scale beside "
+                         "it. Gather or dequantize it first")
+    if type(module).forward in (nn.Linear.forward, NonDynamicallyQuantizableLinear.forward) \
+            or is_conv1d(module):
+        return
+    x = torch.randn(4, W.shape[1], generator=torch.Generator().manual_seed(0)).to(W)
+    theirs, plain = module(x), F.linear(x, W, module.bias)
+    if not (theirs - plain).norm() <= max(1e-3, 8 * torch.finfo(W.dtype).eps) * plain.norm():
+        raise ValueError(f"a {type(module).__name__} does not compute W x + b with the weight that "
+                         "it holds: a merge would not be what the adapter does")
+
+
+def place_of(module: nn.Module) -> torch.device:
+    """Where the module computes: its weight's device, or where accelerate brings the weight."""
+    hook = _offload(module)
+    held = next(module.buffers()) if is_quantized(module) else module.weight
+    return torch.device(hook.execution_device) if hook else held.device
+
+
+def stored(module: nn.Module, name: str) -> Tensor:
+    """A parameter; one that accelerate has offloaded, from where it lies."""
+    tensor, hook = getattr(module, name), _offload(module)
+    return hook.weights_map[name] if tensor.is_meta and hook else tensor
+
+
+def _offload(module):
+    """accelerate's hook that keeps this module's tensors elsewhere, or None."""
+    hook = getattr(module, "_hf_hook", None)
+    return next((h for h in getattr(hook, "hooks", [hook]) if getattr(h, "offload", False)
+                 and getattr(h, "weights_map", None) is not None), None)
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lora_lib.rules import check_dropout, check_rank, init_std_of, scaling_of
 from lora_lib.torch.fused import fast_parts, is_plain, lora_linear, lora_linears
-from lora_lib.torch.linear import is_linear, is_quantized, shape_of, weight_of, write_weight
+from lora_lib.torch.linear import (check_adaptable, check_writable, is_conv1d, place_of, shape_of,
+                                   weight_of, write_weight)
 
 
 class LoRALayer(nn.Module):
@@ -21,16 +22,18 @@ class LoRALayer(nn.Module):
         x (..., k) and the output (..., d), with any number of leading dimensions
 
     `scaling` is alpha / r, or alpha / sqrt(r) with `use_rslora`. `seed` is an integer or a CPU
-    torch.Generator; None draws from torch's global one. Raises ValueError or TypeError for a
+    torch.Generator; None draws from torch's global one. `any_rank` lets the rank be above
+    min(d, k), which adds numbers and no matrix: PEFT's files may hold such. Raises ValueError or TypeError for a
     rank, alpha, dtype, or shape that cannot be.
     """
 
     def __init__(self, in_features: int, out_features: int, rank: int = 8, alpha: float = 16.0, *,
                  seed: int | torch.Generator | None = None, dtype=None, device=None,
-                 init_std: float | None = None, use_rslora: bool = False):
+                 init_std: float | None = None, use_rslora: bool = False, any_rank: bool = False):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.rank, self.alpha = check_rank(rank, in_features, out_features), alpha
+        most = (rank, rank) if any_rank else (in_features, out_features)
+        self.rank, self.alpha = check_rank(rank, *most), alpha
         self.scaling = scaling_of(self.rank, alpha, use_rslora)
         self.use_rslora = use_rslora
         dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -114,26 +117,20 @@ class LoRALinear(LoRALayer):
     in `dtype`: by default the weight's, or float32 beside a 16-bit or quantized weight, where small
     steps would round to nothing. `dropout` acts on the adapter's input, while training.
     Raises TypeError if `linear` is none of these, computes its weight (a parametrization,
-    weight_norm: merging could not write there), or is sharded already (inject, then fully_shard).
+    weight_norm: merging could not write there), stores it as float8 or as another library's
+    tensor, or is sharded already (inject, then fully_shard).
     The rest is LoRALayer's.
     """
 
     def __init__(self, linear: nn.Module, rank: int = 8, alpha: float = 16.0,
                  dropout: float = 0.0, *, dtype=None, **options):
-        if not is_linear(linear):
-            raise TypeError(f"expected an nn.Linear to adapt, got {type(linear).__name__}")
-        if not is_quantized(linear) and not isinstance(linear.weight, nn.Parameter):
-            raise TypeError("the layer's weight is not a parameter but computed, by a "
-                            "parametrization or a hook: remove that first")
+        check_adaptable(linear)
         dropout = check_dropout(dropout)
         W = weight_of(linear)
-        if hasattr(W, "full_tensor"):            # FSDP would neither split A and B nor average them
-            raise TypeError("the layer's weight is a DTensor, split over processes already: "
-                            "inject() first, then fully_shard()")
         dtype = dtype or torch.promote_types(W.dtype, torch.float32)
         out_features, in_features = shape_of(linear)
-        super().__init__(in_features, out_features, rank, alpha, dtype=dtype, device=W.device,
-                         **options)
+        super().__init__(in_features, out_features, rank, alpha, dtype=dtype,
+                         device=place_of(linear), **options)
         self.linear = linear.requires_grad_(False)
         self.dropout = nn.Dropout(dropout)
         self.merged = False
@@ -158,21 +155,31 @@ class LoRALinear(LoRALayer):
     def merge(self) -> "LoRALinear":
         """Fold the update into the weight, in place. Merging a merged layer changes nothing."""
         if not self.merged:
-            write_weight(self.linear, self.merge_weights(self.weight))
+            check_writable(self.linear)
+            write_weight(self.linear, self.merge_weights(weight_of(self.linear)))
             self.merged = True
         return self
 
     def unmerge(self) -> "LoRALinear":
         """Take the update out of the weight again, exact up to rounding in its dtype."""
         if self.merged:
-            write_weight(self.linear, self.unmerge_weights(self.weight))
+            check_writable(self.linear)
+            write_weight(self.linear, self.unmerge_weights(weight_of(self.linear)))
             self.merged = False
         return self
 
     @property
     def weight(self) -> Tensor:
-        """The linear layer's own weight (d, k): without the update unless `merged`."""
-        return weight_of(self.linear)
+        """The weight that the layer acts with, W + scaling * B A, in the linear layer's own layout.
+
+        Some models read it and call no layer (Mamba's dt_proj, Swin's qkv, nn.TransformerEncoder
+        in eval); this gives them the update, and A and B the gradient, at the price of forming
+        B A. The frozen weight itself is `linear.weight`, and once `merged` this is it.
+        """
+        W = weight_of(self.linear)
+        if not self.merged and W.is_floating_point():    # another library's codes are no numbers
+            W = W + self.delta_weight().to(W.dtype)
+        return W.T if is_conv1d(self.linear) else W
 
     @property
     def bias(self) -> Tensor | None:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lib.torch.inject import check_target, find_targets, replace_module, saved_modules
+from lora_lib.torch.inject import (check_target, find_targets, owners_of, replace_modules,
+                                   saved_modules)
 from lora_lib.torch.linear import is_linear, is_quantized, shape_of, weight_of
 from lora_lib.torch.lora import LoRALinear
 
@@ -120,6 +121,11 @@ class NF4Linear(nn.Module):
         shape = self.out_features, self.in_features
         return decode(self.codes, absmax, shape, PAIRS).to(self.like.dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """W (d, k), computed anew; some models look at a layer's weight.dtype (T5, Mamba)."""
+        return self.dequantize()
+
     @torch.no_grad()
     def quantize_(self, W: Tensor) -> "NF4Linear":
         """Store W (d, k), rounded, in the place of what was here; blocks get a new absmax.
@@ -191,16 +197,15 @@ def quantize(model: nn.Module, target_modules: str | list[str] = "all-linear", b
     a target has an adapter or a weight that is tied or not finite, or for a block that cannot be;
     TypeError when a target is not a linear layer, or is quantized already.
     """
-    layers = {}
+    layers, owners = {}, owners_of(model)
     for name in find_targets(model, target_modules):
         linear = model.get_submodule(name)
         if isinstance(linear, LoRALinear):
             raise ValueError(f"{name} has an adapter: quantize() the base first, then inject()")
-        check_target(model, name, saved_modules(model))
+        check_target(model, name, saved_modules(model), owners)
         try:
             layers[name] = NF4Linear(linear, block, double)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
-    for name, layer in layers.items():
-        replace_module(model, name, layer)
+    replace_modules(model, layers)
     return model

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -11,7 +12,16 @@ from torch import Tensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# Settings of PEFT's that change what the adapter computes and that this library has no code for.
+# PEFT's settings that change nothing in a trained adapter, or that are read here.
+KNOWN = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path",
+         "revision", "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha",
+         "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save",
+         "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern",
+         "alpha_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config",
+         "corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "runtime_config",
+         "ensure_weight_tying"}
+
+# Those that change what the adapter computes and that this library has no code for.
 UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "trainable_token_indices",
                "layer_replication", "target_parameters", "alora_invocation_tokens", "arrow_config",
                "kasa_config", "monteclora_config")
@@ -21,21 +31,27 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 PREFIX = "base_model.model."
 
+# The names under which wrappers hold what they wrap: torch.compile, checkpoint_wrapper, FSDP 1,
+# Lightning's Fabric.
+INNER = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
+
 
 def read_config(file: Path) -> dict:
     """The settings in `file`, or ValueError for what is damaged, or not supported here."""
     try:
-        config = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ValueError(f"{file}: expected peft_type 'LORA'")
     for key in ("r", "lora_alpha"):
         if key not in config:
             raise ValueError(f"{file}: {key!r} is missing")
-    for key in UNSUPPORTED:
+    for key in (*UNSUPPORTED, *config.keys() - KNOWN):
         if config.get(key):
-            raise ValueError(f"{file}: {key} = {config[key]!r} is not supported here")
+            why = "supported" if key in UNSUPPORTED else "known"
+            raise ValueError(f"{file}: {key} = {config[key]!r} is not {why} here, and may change "
+                             "what the adapter computes")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{file}: bias = {config['bias']!r} is not supported, expected 'none'")
     init = config.get("init_lora_weights")
@@ -79,12 +95,16 @@ def digest(tensors: dict[str, Tensor], samples: str) -> str:
     return total.hexdigest()
 
 
-def sort(tensors: dict[str, Tensor], config: dict, file: Path) -> tuple[dict, dict]:
-    """PEFT's keys in two: {module path: (A, B)}, and {path of a module to save: its state}.
+def sort(tensors: dict[str, Tensor], config: dict, file: Path,
+         embeddings: Collection[str] = ()) -> tuple[dict, dict, dict]:
+    """PEFT's keys in three: {module path: (A, B)}, {path of a module to save: its state}, and
+    {module path: a copy of the base's weight}, which PEFT keeps of an adapted head.
 
-    Raises ValueError for a key that is neither, and for NaN or infinity.
+    The names that wrappers put into paths are left out. A weight of one of the model's
+    `embeddings` is a module to save. Raises ValueError for another key, and for NaN or infinity.
     """
-    halves, whole = {}, {}
+    tensors = {re.sub(rf"(?<=\.)(?:{'|'.join(INNER)})\.", "", key): t for key, t in tensors.items()}
+    halves, whole, copies = {}, {}, {}
     for key, t in tensors.items():
         if t.is_floating_point() and not torch.isfinite(t).all():
             raise ValueError(f"{file}: {key} holds NaN or infinity")
@@ -93,6 +113,11 @@ def sort(tensors: dict[str, Tensor], config: dict, file: Path) -> tuple[dict, di
             halves.setdefault(match[1], {})[match[2]] = t
         elif name := _owner(key, config):
             whole.setdefault(name, {})[key.removeprefix(f"{PREFIX}{name}.")] = t
+        elif key.endswith(".base_layer.weight") and t.ndim == 2 and \
+                key.replace("base_layer", "lora_A") in tensors:
+            copies[key.removeprefix(PREFIX).removesuffix(".base_layer.weight")] = t
+        elif (path := key.removeprefix(PREFIX).removesuffix(".weight")) in embeddings:
+            whole[path] = {"weight": t}
         elif ".lora_embedding_" in key or key.endswith(".base_layer.weight"):
             name = re.split(r"\.lora_embedding_|\.base_layer", key.removeprefix(PREFIX))[0]
             raise ValueError(f"{file}: target_modules names {name}, an nn.Embedding; here only a "
@@ -105,7 +130,7 @@ def sort(tensors: dict[str, Tensor], config: dict, file: Path) -> tuple[dict, di
             raise ValueError(f"{file}: {name} has no lora_{'B' if 'A' in half else 'A'}")
     if not halves:
         raise ValueError(f"{file} holds no adapter")
-    return {name: (half["A"], half["B"]) for name, half in halves.items()}, whole
+    return {name: (half["A"], half["B"]) for name, half in halves.items()}, whole, copies
 
 
 def _owner(key, config):

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lora_lib.torch.inject import few, idle_adapters
 from lora_lib.torch.linear import stored_weights
 from lora_lib.tuning.data import Rows
 from lora_lib.tuning.head import Causal
@@ -74,7 +76,7 @@ def fine_tune(model: nn.Module, data: tuple[Tensor, ...] | Rows, *, steps: int, 
     and so are train() and eval() modes. Raises ValueError or TypeError for arguments that cannot
     be, or a checkpoint that is damaged or another run's, before anything is changed, and
     FloatingPointError when the loss or its gradient is not finite: the model then keeps the
-    parameters of the step before.
+    parameters of the step before. Warns of adapters that the first step's gradient does not reach.
     """
     part = batch_size if micro_batch_size is None else micro_batch_size
     _check_numbers(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
@@ -116,6 +118,8 @@ def fine_tune(model: nn.Module, data: tuple[Tensor, ...] | Rows, *, steps: int, 
             run.factors.append(_set_lr(optimizer, lr, schedule, step))
             optimizer.zero_grad()
             run.losses.append(_backward(causal or model, loss, batch, part, autocast, scaler, step))
+            if step == start:
+                _warn_of_idle(model)
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(trainable, max_grad_norm or math.inf)
             _check_gradient(norm, scaler, step)
@@ -140,9 +144,13 @@ def _backward(model, loss, batch, part, autocast, scaler, step):
         past = model.beginning(*batch) if shared else []
     copies = [tuple(t.detach().requires_grad_(t.requires_grad) for t in pair) for pair in past]
     total, asked = 0.0, lambda t: int((t != -100).sum())
+    if (shared or loss is cross_entropy) and not asked(labels):
+        raise ValueError(f"every label in the batch of step {step} is -100, so there is nothing to "
+                         "learn from it; the model keeps the parameters of the step before. Were "
+                         "the answers cut off, or masked with the prompts?")
     for *inputs, some in zip(*(t.split(part) for t in batch)):
-        share = 1.0 if part >= len(labels) else asked(some) / max(1, asked(labels))
-        if share or not asked(labels):           # with no label at all, the mean is not a number
+        share = 1.0 if part >= len(labels) else asked(some) / asked(labels)
+        if share:
             with autocast():
                 value = model.loss(*inputs, some, copies) if shared else loss(model(*inputs), some)
             total += share * _finite(value, step)
@@ -152,6 +160,15 @@ def _backward(model, loss, batch, part, autocast, scaler, step):
     if read:
         torch.autograd.backward(*zip(*read))
     return total
+
+
+def _warn_of_idle(model):
+    """Name the adapters that no gradient has reached."""
+    idle = idle_adapters(model)
+    if idle:
+        warnings.warn(f"no gradient reaches the adapters of {few(idle)}, which stay as they are: "
+                      "the model does not use these layers for this batch (as with experts that "
+                      "no token chose), or not in a way that gives a gradient", stacklevel=3)
 
 
 def _batches(n: int, batch_size: int, seed: int,

@@ -102,7 +102,7 @@ def change_the_base(base):
 
 def change_the_adapted_weight(base):
     model = adapted(base)
-    layer_of(model).weight.data.add_(1e-5)
+    layer_of(model).linear.weight.data.add_(1e-5)
     return model, {"base": base}
 
 
@@ -111,7 +111,7 @@ def merged_by_hand(times, scaled):
         model = merge(adapted(base), keep_adapters=True)
         layer = layer_of(model)
         delta = layer.delta_weight() if scaled else layer.B @ layer.A
-        layer.weight.data.copy_(base.get_submodule(PATH).weight + times * delta)
+        layer.linear.weight.data.copy_(base.get_submodule(PATH).weight + times * delta)
         return model, {"base": base, "stage": "serve", "allow": {"unmerged"}}
     return plant
 
@@ -119,7 +119,7 @@ def merged_by_hand(times, scaled):
 def merge_by_hand_and_keep_the_adapter(base):
     model = adapted(base)
     layer = layer_of(model)
-    layer.weight.data += layer.delta_weight()
+    layer.linear.weight.data += layer.delta_weight()
     return model, {"base": base}
 
 
@@ -163,7 +163,8 @@ def test_a_planted_mistake_is_found_and_nothing_else(base, plant, unchanged):
 
 
 def test_every_code_is_planted():
-    assert {code for found in PLANTED.values() for code in found} == set(MODEL)
+    elsewhere = {"no gradient", "new head"}                  # tests/torch/test_field.py
+    assert {code for found in PLANTED.values() for code in found} == set(MODEL) - elsewhere
 
 
 def test_the_path_is_named(base):
@@ -198,7 +199,7 @@ def test_a_16_bit_base_with_float32_adapters_is_clean(base, dtype):
     merged = merge(copy.deepcopy(model), keep_adapters=True)
     assert check(merged, base=base, stage="serve") == []
     layer = lora_modules(merged)["model.layers.0.mlp.up_proj"]
-    layer.weight.data = layer.merge_weights(layer.weight)
+    layer.linear.weight.data = layer.merge_weights(layer.linear.weight)
     assert codes(check(merged, base=base, stage="serve")) == ["merged twice"]
 
 

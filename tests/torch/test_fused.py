@@ -234,6 +234,29 @@ def layer_of(linear=None, **options):
     return layer
 
 
+def halve(y):
+    y /= 2
+    return y
+
+
+def zero_the_first(y):
+    y[..., 0] = 0
+    return y
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 4, 6), (2, 3, 4, 6), (0, 6), (2, 0, 6)],
+                         ids=str)
+@pytest.mark.parametrize("after", [nn.ReLU(inplace=True), halve, zero_the_first])
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_follows_may_work_in_place(shape, after, bias):
+    """Wav2Vec2, Longformer: an output is no view, whatever the shape."""
+    layers, x = [parts(bias=bias), parts(d=3, seed=5, bias=bias)], randn(*shape)
+    together = lambda f: lambda x: tuple(after(f(x, *layer)) for layer in layers)
+    expected = gradients(together(formula), x, *layers)
+    close(gradients(together(lora_linear), x, *layers), expected)
+    close(gradients(lambda x: tuple(map(after, lora_linears(x, layers))), x, *layers), expected)
+
+
 class TestStepsAside:
     """The formula runs wherever leaving out the base layer's own forward would be noticed."""
 
@@ -266,14 +289,14 @@ class TestStepsAside:
         LoRALinear(quantized, 2, seed=0)(randn(4, 64, dtype=torch.float32))
         assert calls.count == 0
         layer, x = layer_of(Conv1D(5, 6).double()), randn(2, 4, 6)
-        torch.testing.assert_close(layer(x), formula(x, layer.weight, layer.bias, layer.A,
+        torch.testing.assert_close(layer(x), formula(x, layer.linear.weight.T, layer.bias, layer.A,
                                                      layer.B, layer.scaling))
         assert calls.count == 1
 
     def test_for_transforms_of_torch_func(self, monkeypatch):
         calls, layer, x = Calls(monkeypatch), layer_of(), randn(4, 6)
         jacobian = torch.func.jacrev(layer)(x[0])
-        torch.testing.assert_close(jacobian, layer.weight + layer.delta_weight())
+        torch.testing.assert_close(jacobian, layer.linear.weight + layer.delta_weight())
         torch.testing.assert_close(torch.func.vmap(layer)(x), layer.eval()(x))
         _, tangent = torch.func.jvp(layer, (x[0],), (x[1],))
         torch.testing.assert_close(tangent, jacobian @ x[1])

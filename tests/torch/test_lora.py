@@ -55,7 +55,7 @@ class TestGradients:
         grads = x.grad, layer.A.grad, layer.B.grad
         A, B = (p.detach().requires_grad_() for p in (layer.A, layer.B))
         x2 = x.detach().requires_grad_()
-        W = layer.weight + 1.5 * B @ A                           # alpha / rank
+        W = layer.linear.weight + 1.5 * B @ A                           # alpha / rank
         out = x2 @ W.T + layer.bias
         torch.testing.assert_close(layer(x), out, rtol=1e-12, atol=1e-12)
         out.backward(g)
@@ -66,7 +66,7 @@ class TestGradients:
         layer = lora()
         assert {n for n, p in layer.named_parameters() if p.requires_grad} == {"A", "B"}
         layer(randn(3, 6)).sum().backward()
-        assert layer.weight.grad is None and layer.bias.grad is None
+        assert layer.linear.weight.grad is None and layer.bias.grad is None
 
     def test_at_the_start_A_has_no_gradient_and_B_has(self):
         linear = nn.Linear(6, 5)
@@ -98,10 +98,10 @@ def test_forward_and_backward_never_form_the_full_update(dtype, lead, training):
     layer = lora(31, 29, dtype=dtype, dropout=0.1).train(training)
     x = randn(*lead, 31, dtype=dtype).requires_grad_()
     full = {(29, 31), (31, 29)}
-    with Shapes(layer.weight) as mode:
+    with Shapes(layer.linear.weight) as mode:
         layer(x).sum().backward()
     assert not full & mode.seen and (2, 31) in mode.seen        # A's gradient, for one, is seen
-    with Shapes(layer.weight) as mode:
+    with Shapes(layer.linear.weight) as mode:
         layer.delta_weight()
     assert full & mode.seen
 
@@ -132,7 +132,7 @@ def test_an_explicit_dtype_beside_another_weight():
 @pytest.mark.parametrize("k, d", [(6, 5), (5, 8)])
 def test_every_rank(k, d, rank):
     layer, x = lora(k, d, rank, alpha=rank), randn(3, k)
-    torch.testing.assert_close(layer(x), x @ (layer.weight + layer.B @ layer.A).T + layer.bias)
+    torch.testing.assert_close(layer(x), x @ (layer.linear.weight + layer.B @ layer.A).T + layer.bias)
     assert layer.num_parameters() == sum(p.numel() for p in layer.parameters() if p.requires_grad)
     assert layer.compression_ratio() == pytest.approx(k * d / (rank * (k + d)))
 
@@ -149,16 +149,16 @@ class TestMemory:
         linear = nn.Linear(6, 5)
         weight, bias, address = linear.weight, linear.bias, linear.weight.data_ptr()
         layer = LoRALinear(linear, rank=2)
-        assert layer.linear is linear and layer.weight is weight and layer.bias is bias
+        assert layer.linear is linear and layer.linear.weight is weight and layer.bias is bias
         layer.merge().unmerge()
-        assert layer.weight is weight and weight.data_ptr() == address     # merged in place
+        assert layer.linear.weight is weight and weight.data_ptr() == address     # merged in place
         assert (layer.in_features, layer.out_features) == (6, 5)
         assert LoRALinear(nn.Linear(6, 5, bias=False), rank=2).bias is None
 
     def test_deepcopy_is_independent(self):
         layer, x = lora(), randn(3, 6)
         clone, out = copy.deepcopy(layer), layer(x)
-        assert torch.equal(clone(x), out) and not clone.weight.requires_grad
+        assert torch.equal(clone(x), out) and not clone.linear.weight.requires_grad
         with torch.no_grad():
             clone.A.zero_()
         clone.merge()
@@ -177,17 +177,17 @@ class TestMerge:
     ])
     def test_the_merged_layer_gives_the_same(self, dtype, tolerance):
         layer, x = lora(16, 12, 4, dtype=dtype), randn(7, 16, dtype=dtype)
-        before, frozen = layer(x), layer.weight.detach().clone()
+        before, frozen = layer(x), layer.linear.weight.detach().clone()
         assert layer.merge() is layer and layer.merged
-        assert not torch.equal(layer.weight, frozen)
+        assert not torch.equal(layer.linear.weight, frozen)
         torch.testing.assert_close(layer(x), before, rtol=tolerance, atol=tolerance)
-        once = layer.weight.detach().clone()
+        once = layer.linear.weight.detach().clone()
         assert torch.equal(layer.merge().weight, once)           # twice is once
         assert layer.unmerge() is layer and not layer.merged
-        torch.testing.assert_close(layer.weight, frozen, rtol=0,
+        torch.testing.assert_close(layer.linear.weight, frozen, rtol=0,
                                    atol=float(16 * torch.finfo(dtype).eps))
-        back = layer.weight.detach().clone()
-        assert torch.equal(layer.unmerge().weight, back)
+        back = layer.linear.weight.detach().clone()
+        assert torch.equal(layer.unmerge().linear.weight, back)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("narrow", [False, True])
@@ -195,10 +195,10 @@ class TestMerge:
         layer = lora(64, 48, 8, dtype=dtype)
         if narrow:                                               # A and B in 16 bits as well
             layer.to(dtype)
-        W, A, B = (t.detach().float().numpy() for t in (layer.weight, layer.A, layer.B))
+        W, A, B = (t.detach().float().numpy() for t in (layer.linear.weight, layer.A, layer.B))
         product = np.float32(layer.scaling) * (B @ A)            # float32, by another library
         expected = torch.from_numpy(W + product).to(dtype)
-        merged = layer.merge_weights(layer.weight)
+        merged = layer.merge_weights(layer.linear.weight)
         assert merged.dtype == dtype
         different = (merged != expected).float().mean()          # sums in another order, at a tie
         assert different < 0.005
@@ -218,7 +218,7 @@ class TestMerge:
     def test_what_is_not_finite_is_refused(self, bad, where, unchanged):
         layer = lora(dtype=torch.float16)
         with torch.no_grad():
-            getattr(layer, where)[0, 0] = bad
+            (layer.linear.weight if where == "weight" else getattr(layer, where))[0, 0] = bad
         if bad == 6e4:                                           # finite, but its product overflows
             nn.init.constant_(layer.A, 4)
         with unchanged(layer), pytest.raises(ValueError, match="NaN or infinity"):
@@ -229,7 +229,7 @@ class TestMerge:
         optimizer = torch.optim.SGD([layer.A, layer.B], lr=0.01)
         layer.merge()(x).sum()
         layer.unmerge()
-        frozen = layer.weight.detach().clone()
+        frozen = layer.linear.weight.detach().clone()
         losses = []
         for _ in range(5):
             loss = layer(x).square().mean()
@@ -238,7 +238,7 @@ class TestMerge:
             optimizer.step()
             losses.append(loss.item())
         assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
-        assert torch.equal(layer.weight, frozen)
+        assert torch.equal(layer.linear.weight, frozen)
 
 
 class TestDropout:

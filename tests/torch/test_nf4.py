@@ -425,7 +425,7 @@ class TestAdapters:
 
     def test_merge_rounds_the_sum(self, base):
         model = randomize(inject(base(), ["q_proj"], rank=2, seed=0))
-        sums = {name: layer.weight + layer.delta_weight()
+        sums = {name: layer.linear.weight + layer.delta_weight()
                 for name, layer in lora_modules(model).items()}
         merge(model)
         for name, total in sums.items():
@@ -436,11 +436,11 @@ class TestAdapters:
 
     def test_unmerge_comes_back_as_far_as_four_bits_can(self, base):
         model = randomize(inject(base(), ["q_proj"], rank=2, seed=0))
-        before = {n: layer.weight for n, layer in lora_modules(model).items()}
+        before = {n: layer.linear.weight for n, layer in lora_modules(model).items()}
         unmerge(merge(model, keep_adapters=True))
         for name, layer in lora_modules(model).items():
             size = torch.maximum(before[name].norm(), layer.delta_weight().norm())
-            assert 0 < (layer.weight - before[name]).norm() < 0.3 * size
+            assert 0 < (layer.linear.weight - before[name]).norm() < 0.3 * size
 
     def test_removed(self, base, unchanged):
         model, tokens = base(), torch.arange(20).view(2, 10)
@@ -473,7 +473,7 @@ class TestAdapters:
         plain = llama()
         with torch.no_grad():
             for name, layer in lora_modules(model).items():
-                plain.get_submodule(name).weight.copy_(layer.weight)
+                plain.get_submodule(name).weight.copy_(layer.linear.weight)
         theirs = PeftModel.from_pretrained(plain, tmp_path).eval()
         torch.testing.assert_close(theirs(tokens).logits, model(tokens).logits, rtol=1e-4,
                                    atol=1e-4)
