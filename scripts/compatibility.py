@@ -52,8 +52,8 @@ files let it see the difference, for each of the architectures above. The words 
 {bases}
 
 PEFT's file says nothing of the base's weights, so another one of the same shapes goes unnoticed, in
-PEFT too. `save_adapter` notes a few values of each adapted weight; they stand in the file's
-metadata, which PEFT ignores.
+PEFT too. `save_adapter` notes a few values of each adapted weight, of the embeddings and of the
+heads; they stand in the file's metadata, which PEFT ignores.
 """
 
 COLUMNS = {"to_peft": "to PEFT", "from_peft": "from PEFT",

@@ -231,15 +231,16 @@ def verdicts() -> list[Verdict]:
                     judged(more, MORE_RIGHT), f"right calls: {shown(more, '+.2f')} more, from "
                     f"{shown(right['few-shot'])}; margin {MORE_RIGHT}"),
             Verdict("on SmolLM2, LoRA gives as many right tool calls as full fine-tuning", "10",
-                    equivalent(right["LoRA"] - right["full"], AS_GOOD),
-                    f"right calls: LoRA {shown(right['LoRA'])}, full {shown(right['full'])}; "
-                    f"margin {AS_GOOD}")]
+                    equivalent(right["LoRA"] - right["full"], AS_GOOD), "right calls: "
+                    f"{shown(right['LoRA'] - right['full'], '+.2f')} more than full's "
+                    f"{right['full'].mean():.2f}; margin {AS_GOOD}")]
     if "docstrings" in ready:
         low = of("docstrings", "loss")
         found.append(Verdict(
             "on SmolLM2, LoRA fits docstrings as well as full fine-tuning", "10",
-            equivalent(low["LoRA"] - low["full"], AS_LOW), f"loss in nats: LoRA "
-            f"{shown(low['LoRA'])}, full {shown(low['full'])}; margin {AS_LOW}"))
+            equivalent(low["LoRA"] - low["full"], AS_LOW), "loss in nats: "
+            f"{shown(low['LoRA'] - low['full'], '+.3f')} beside full's {low['full'].mean():.2f}; "
+            f"margin {AS_LOW}"))
     for task in ready:
         rise = compared(task, "full", "prose") - compared(task, "LoRA", "prose")
         found.append(Verdict(

@@ -146,7 +146,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *,
     _check_complete(model, config, {*parts, *whole})
     for name, module in _ends(model).items():
         if check_base and name not in parts and not within(name, whole):
-            _check_same(name, _sample(module), samples.get(name), "neither saved nor the base's")
+            _check_same(name, _sample(module), samples.get(name), "neither in the file nor the one at "
+                        "saving (a new head, new tokens: name it in modules_to_save to train)")
     for name, t in copies.items():
         _check_same(name, _spread(t), _sample(_module(model, name)), "not the one in the file")
     if not present:
@@ -234,8 +235,7 @@ def _check_same(name, here, there, what):
         return
     here, there = torch.tensor(here), torch.tensor(there)
     if not torch.allclose(here, there, rtol=2**-7, atol=1e-3 * float(there.abs().max())):
-        raise ValueError(f"{name}: the weight is {what}; load the right base (a new head or new "
-                         "tokens belong in modules_to_save when you train), or pass "
+        raise ValueError(f"{name}: the weight is {what}; load the right base, or pass "
                          "check_base=False if you mean it")
 
 

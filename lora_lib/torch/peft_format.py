@@ -49,9 +49,9 @@ def read_config(file: Path) -> dict:
             raise ValueError(f"{file}: {key!r} is missing")
     for key in (*UNSUPPORTED, *config.keys() - KNOWN):
         if config.get(key):
-            why = "supported" if key in UNSUPPORTED else "known"
-            raise ValueError(f"{file}: {key} = {config[key]!r} is not {why} here, and may change "
-                             "what the adapter computes")
+            raise ValueError(f"{file}: {key} = {config[key]!r} is not " + (
+                "supported here" if key in UNSUPPORTED else
+                "known here, and may change what the adapter computes"))
     if config.get("bias", "none") != "none":
         raise ValueError(f"{file}: bias = {config['bias']!r} is not supported, expected 'none'")
     init = config.get("init_lora_weights")
