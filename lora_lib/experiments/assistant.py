@@ -19,6 +19,7 @@ of the requests were changed, such as "parents' evening", which reads like a tim
 made smaller, to have it run in an hour.
 """
 
+import re
 from functools import lru_cache
 
 import numpy as np
@@ -188,14 +189,20 @@ def compared(task: str, method: str, what: str) -> np.ndarray:
 
 
 def answers(task: str) -> list[Row]:
-    """What the assistant says to the first requests of the test, before and after a run of LoRA."""
+    """What the assistant says to the first requests of the test, before and after a run of LoRA.
+
+    Of the docstrings' task the names of the functions alone: their text is Python's, not ours.
+    """
     lr, test = best_lr(read("assistant"), task, "LoRA"), chats(task, 6, 0, "test")
     model = fresh("LoRA", seed=0)
     train(model, encode(model.tokenizer, chats(task, TRAINED, 0, "train")), lr=lr,
           steps=STEPS[task], seed=0, progress=False)
     said = [replies(m, m.tokenizer, [asked(chat) for chat in test]) for m in (base(), model)]
-    return [{"task": task, "request": chat[1]["content"], "expected": chat[-1]["content"],
-             "before": before, "after": after} for chat, before, after in zip(test, *said)]
+    texts = [(chat[1]["content"], chat[-1]["content"]) for chat in test]
+    if task == "docstrings":
+        texts = [(re.search(r"def (\w+)", source)[1], "") for source, _ in texts]
+    return [{"task": task, "request": request, "expected": expected, "before": before,
+             "after": after} for (request, expected), before, after in zip(texts, *said)]
 
 
 def judged(differences, least: float) -> str:
