@@ -103,13 +103,17 @@ def trainer(rows: Rows, order: list[int], steps: int, part: int = BATCH):
 
 
 def sft(rows: Rows, order: list[int], steps: int):
+    """Tokens go in as they are: nothing is left to prepare."""
+    import pyarrow
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
-    examples = Dataset.from_list([
+    examples = Dataset(pyarrow.Table.from_pylist([
         {"input_ids": torch.cat([rows.inputs[i], rows.labels[i][-1:]]).tolist(),
-         "completion_mask": [0] + [int(y != -100) for y in rows.labels[i]]} for i in order])
+         "labels": [-100] + rows.labels[i].tolist()} for i in order]),
+        fingerprint="calls")                     # else it is hashed by pickling, which may fail
     it = SFTTrainer(theirs(), settings(SFTConfig, tempfile.mkdtemp(), steps, bf16=False,
-                                       gradient_checkpointing=False),
+                                       gradient_checkpointing=False,
+                                       dataset_kwargs={"skip_prepare_dataset": True}),
                     train_dataset=examples,
                     processing_class=load_pretrained("smollm2").tokenizer)
     return it.model, lambda: _losses(it)
