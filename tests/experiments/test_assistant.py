@@ -68,15 +68,14 @@ def test_a_grid_goes_on_until_its_best_is_inside():
 
 
 def test_the_rows_are_those_of_the_points():
-    """The rates' runs are all there; the comparison's may still be going on, seed by seed."""
+    """Every run of the grids and of the comparison is there, and no grid's best is at its edge."""
     rows, signature = sweep.read("assistant"), inspect.signature(assistant.trial)
     kept = {sweep._key(signature, row) for row in rows}
     keys = lambda points: {sweep._key(signature, sweep._complete(signature, p)) for p in points}
-    tuned = keys(assistant.tuning()) | keys(assistant.widened(rows))
-    compared = keys(assistant.points(rows))
-    assert tuned <= kept
     on = list(signature.parameters).index("on")
-    assert {key for key in kept if key[on] == "test"} <= compared and kept & compared
+    assert keys(assistant.tuning()) <= kept and assistant.widened(rows) == []
+    assert {key for key in kept if key[on] == "test"} == keys(assistant.points(rows))
+    assert all(assistant.seeds(task) == list(assistant.SEEDS) for task in assistant.TASKS)
 
 
 def test_only_seeds_that_every_method_has_are_compared(monkeypatch):
@@ -92,8 +91,6 @@ def test_only_seeds_that_every_method_has_are_compared(monkeypatch):
     assert list(assistant.compared("calls", "LoRA", "exact")) == [0, 0.2]
 
 
-@pytest.mark.skipif(not (sweep.RESULTS / "assistant_answers.csv").exists(),
-                    reason="the sweep writes it at its end")
 def test_the_answers_that_the_pages_show_are_of_the_run():
     kept = sweep.read("assistant_answers")
     rows = [row for row in kept if row["task"] == "calls"]
@@ -101,3 +98,5 @@ def test_the_answers_that_the_pages_show_are_of_the_run():
     assert [row["request"] for row in rows] == [chat[1]["content"] for chat in test]
     assert [row["expected"] for row in rows] == [chat[-1]["content"] for chat in test]
     assert all(row["before"] != row["after"] for row in kept)
+    functions = [row["request"] for row in kept if row["task"] == "docstrings"]
+    assert len(functions) == 6 and all(name.isidentifier() for name in functions)

@@ -252,6 +252,21 @@ def rows():
     return [{"input_ids": ids, "labels": ids} for ids in torch.arange(4).repeat(8, 4).T]
 
 
+def test_trainer_and_a_base_that_another_library_has_quantized(tmp_path):
+    """It asks the flag of transformers' own adapters, which the page on engines sets."""
+    model = inject(base_of("llama", torch.float32), ["q_proj"], rank=4, seed=0)
+    model.is_quantized = True                    # as bitsandbytes leaves it
+    settings = TrainingArguments(str(tmp_path), max_steps=2, per_device_train_batch_size=4,
+                                 use_cpu=True, report_to="none", disable_tqdm=True,
+                                 logging_strategy="no", save_strategy="no")
+    with pytest.raises(ValueError, match="purely quantized"):
+        Trainer(model, settings, train_dataset=rows())
+    model._hf_peft_config_loaded = True
+    before = [p.clone() for p in lora_parameters(model)]
+    Trainer(model, settings, train_dataset=rows()).train()
+    assert not all(map(torch.equal, before, lora_parameters(model)))
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 class TestTrainer:
     def trainer(self, kind, folder, seed=0):

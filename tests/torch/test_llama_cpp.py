@@ -125,3 +125,18 @@ def test_answers(files):
         assert answers(file, prompts[:1], lora=lora, max_new_tokens=NEW) == expected[:1]
         ids = tokenizer(prompts[1]).input_ids
         assert answers(file, [ids], lora=lora, max_new_tokens=NEW) == expected[1:]
+
+
+def test_activations_rounded_to_eight_bits():
+    from lora_lib.experiments.llama_cpp import rounded_activations
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 5)).requires_grad_(False)
+    x = torch.randn(3, 64, generator=generator)
+    x[0, :32] = 0
+    exact = model(x)
+    with rounded_activations(model):
+        rounded = model(x)
+    step = (x.view(3, 2, 32).abs().amax(-1, keepdim=True) / 127).expand(3, 2, 32).reshape(3, 64)
+    whole = (x / step.clamp(min=1e-20)).round() * step           # the scale itself in float32
+    torch.testing.assert_close(rounded, model(whole), rtol=0, atol=2e-3)
+    assert 1e-4 < (rounded - exact).abs().max() < 0.05 and torch.equal(model(x), exact)
