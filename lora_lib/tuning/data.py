@@ -60,7 +60,7 @@ class Rows:
         return text
 
 
-def conversation(example: Example) -> list[Message]:
+def conversation(example: tuple[str, str] | list[Message]) -> list[Message]:
     """A pair as two messages; a conversation as it is."""
     if isinstance(example, tuple):
         prompt, answer = example

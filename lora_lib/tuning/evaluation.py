@@ -44,7 +44,7 @@ def exact_match(model: nn.Module, tokenizer, examples: Sequence[Example] | Rows,
 def mean_loss(model: nn.Module, tokenizer, examples: Sequence[Example] | Rows,
               batch_size: int = 256) -> float:
     """The cross-entropy in nats per token: of whole texts, or of the answers in pairs."""
-    total = count = 0
+    total, count = 0.0, 0
     for _, logits, labels in _passes(model, _rows(tokenizer, examples), batch_size):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total += F.cross_entropy(logits, labels, reduction="sum").item()

@@ -97,9 +97,9 @@ class Causal:
         past = self.beginning(inputs, labels) if past is None else past
         start = past[0][0].shape[2] if past else 0
         asked = labels[:, start:] != -100
-        end = start + int((asked.any(0) * torch.arange(1, asked.shape[1] + 1,
-                                                       device=asked.device)).max())
-        asked, labels = asked[:, :end - start], labels[:, start:end]   # after it nobody is asked
+        place = torch.arange(1, asked.shape[1] + 1, device=asked.device)
+        end = start + max(1, int((asked.any(0) * place).max()))      # after it nobody is asked
+        asked, labels = asked[:, :end - start], labels[:, start:end]
         rows = torch.arange(len(inputs), device=inputs.device)[:, None].expand_as(asked)
         return self._read(inputs[:, start:end], past)[0][asked], labels[asked], rows[asked]
 
@@ -110,7 +110,7 @@ class Causal:
         return _HeadLoss.apply(states, weight, bias, labels) / len(labels)
 
     def _read(self, tokens, past):
-        """States (n, length, width) of tokens (n, length) after `past`; with the cache, if shared."""
+        """States (n, length, width) of tokens (n, length) after `past`; the cache, if shared."""
         if not self.shares:
             return self.body(input_ids=tokens, use_cache=False).last_hidden_state, None
         from transformers import DynamicCache

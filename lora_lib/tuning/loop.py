@@ -44,8 +44,9 @@ def warmup_cosine(steps: int, warmup: int = 0, final: float = 0.0) -> Callable[[
     return schedule
 
 
-def fine_tune(model: nn.Module, data: tuple[Tensor, ...] | Rows, *, steps: int, batch_size: int = 16,
-              lr: float = 1e-3, weight_decay: float = 0.0, max_grad_norm: float | None = 1.0,
+def fine_tune(model: nn.Module, data: tuple[Tensor, ...] | Rows, *, steps: int,
+              batch_size: int = 16, lr: float = 1e-3, weight_decay: float = 0.0,
+              max_grad_norm: float | None = 1.0,
               schedule: Callable[[int], float] | None = None,
               loss: Callable[..., Tensor] = cross_entropy, precision: str = "auto",
               micro_batch_size: int | None = None, checkpoint: str | Path | None = None,

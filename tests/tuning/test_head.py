@@ -107,6 +107,13 @@ def test_rows_that_are_the_same_to_the_end():
     assert parts._common(inputs, torch.full_like(inputs, -100)) == 0
 
 
+@pytest.mark.parametrize("common", [0, 12])
+def test_rows_without_a_label_have_no_states(common):
+    model, (inputs, labels) = causal("llama", torch.float64), batch(common)
+    states, some, rows = Causal.of(model).states(inputs, torch.full_like(labels, -100))
+    assert states.shape == (0, 32) and not len(some) and not len(rows)
+
+
 def test_the_factor_from_above_reaches_every_gradient():
     model = causal("phi", torch.float64)
     parts, (inputs, labels) = Causal.of(model), batch()
