@@ -11,7 +11,7 @@ export TQDM_DISABLE := 1
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: help book test notebooks benchmark release variant grade repository clean
+.PHONY: help book test lint notebooks benchmark release variant grade repository clean
 .DEFAULT_GOAL := help
 
 help: ## list the tasks
@@ -31,6 +31,10 @@ book: .venv/ready ## build the book: _build/html/index.html (any warning is an e
 
 test: .venv/ready ## run the tests and every chapter, outputs compared (ARGS="tests/book -x")
 	$(PYTEST) $(or $(ARGS),tests book)
+
+lint: .venv/ready ## look for mistakes in the code: ruff, and mypy over lora_lib
+	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 notebooks: .venv/ready ## run the chapters and store their outputs (CHAPTER=03 for one)
 	$(BIN)/python scripts/notebooks.py $(CHAPTER)
@@ -52,5 +56,5 @@ repository: .venv/ready ## point every link at a fork (REPO=owner/name)
 	$(BIN)/python scripts/set_repository.py $(REPO)
 
 clean: ## remove what book and test leave behind (the environment stays: rm -r .venv)
-	rm -rf _build build .pytest_cache .hypothesis *.egg-info
+	rm -rf _build build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -path ./.venv -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +

@@ -5,5 +5,6 @@ import sys
 from lora_lib.command import main
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)      # a log shows a line when it is said
+    # A log shows a line when it is said.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     raise SystemExit(main())

@@ -57,7 +57,7 @@ class ModelShape:
     def linears(self) -> dict[str, tuple[int, int]]:
         """(out_features, in_features) of each linear layer in one Transformer layer, by name."""
         h, m = self.hidden_size, self.intermediate_size
-        kv = h // self.num_heads * self.num_kv_heads
+        kv = h // self.num_heads * (self.num_kv_heads or self.num_heads)
         return {"q_proj": (h, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, h),
                 "gate_proj": (m, h), "up_proj": (m, h), "down_proj": (h, m)}
 

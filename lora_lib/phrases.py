@@ -5,7 +5,7 @@ A change here changes the requests that the committed sweep was measured on.
 
 PARTS = ("train", "validation", "test")
 # The phrasings of each tool: those of training, of validation, and of the test.
-PHRASINGS = {
+TEXTS = {
     "set_alarm": """
 Wake me up at {time}.
 Set an alarm for {time}.
@@ -170,7 +170,7 @@ Could you bring me to {place}?
 What is the fastest way {by} to {place}?""",
 }
 PHRASINGS = {tool: dict(zip(PARTS, (block.split("\n") for block in text.strip().split("\n\n"))))
-             for tool, text in PHRASINGS.items()}
+             for tool, text in TEXTS.items()}
 
 NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
            "fifteen sixteen seventeen eighteen nineteen").split()

@@ -7,6 +7,7 @@ change along with the colours.
 """
 
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,12 +18,13 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = PALETTE = (
 MARKERS, LINES = "osD^vPX", ("-", "--", "-.", ":")
 FROZEN, GRID = "#B8C4CE", "#DDDDDD"
 
-HOUSE = {
+HOUSE: dict[Any, Any] = {
     "figure.figsize": (6.4, 3.6), "figure.dpi": 150, "figure.constrained_layout.use": True,
     "axes.prop_cycle": plt.cycler(color=PALETTE), "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID,
     "font.size": 10, "axes.titlesize": 11, "legend.framealpha": 0.9,
-    "legend.edgecolor": "white", "lines.linewidth": 1.8, "lines.markersize": 5, "svg.hashsalt": "lora", "svg.fonttype": "path",
+    "legend.edgecolor": "white", "lines.linewidth": 1.8, "lines.markersize": 5,
+    "svg.hashsalt": "lora", "svg.fonttype": "path",
 }
 
 
@@ -73,7 +75,7 @@ def points(groups: dict, *, ylabel, xlabel=None, title=None, ylim=None, logy=Fal
            ax=None) -> None:
     """Every repeat as a dot above its label, with a bar at the mean: {label: values}."""
     with _axes(ax) as ax:
-        for i, (label, values) in enumerate(groups.items()):
+        for i, values in enumerate(groups.values()):
             values = np.asarray(values, float)
             spread = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else [0]
             color = PALETTE[i % len(PALETTE)]

@@ -45,12 +45,12 @@ def task(name: str, *, train: int = 2000, test: int = 300, seed: int = 0) -> Tas
 
     The number in brackets is the dial's when none is given. Raises ValueError for another kind.
     """
-    kind, _, dial = name.partition(" ")
+    kind, _, given = name.partition(" ")
     if kind not in KINDS:
         raise ValueError(f"name must begin with one of {list(KINDS)}, got {name!r}")
     make, usual = KINDS[kind]
     try:
-        dial = type(usual)(dial) if dial else usual
+        dial = type(usual)(given) if given else usual
     except ValueError:
         raise ValueError(f"{kind!r} takes {type(usual).__name__} as its dial, "
                          f"got {name!r}") from None
@@ -156,8 +156,9 @@ def dialect(n: int, seed, share: float) -> list[str]:
             for text in tales(n, seed)]
 
 
-KINDS = {"lookup": (lookup, 2), "two-step": (two_step, 3), "restyle": (restyle, 1),
-         "instructions": (instructions, 6), "records": (records, 2), "dialect": (dialect, 1.0)}
+KINDS: dict[str, tuple[Callable[..., list], int | float]] = {
+    "lookup": (lookup, 2), "two-step": (two_step, 3), "restyle": (restyle, 1),
+    "instructions": (instructions, 6), "records": (records, 2), "dialect": (dialect, 1.0)}
 
 # What a biography states of a person: (question, the answers there are).
 BIOGRAPHY = {

@@ -148,9 +148,10 @@ class Tale:
     def pick(self, kinds: Sequence[str]) -> tuple[str, str, str] | None:
         """One of the facts of these kinds, each kind as likely as another, or None."""
         facts = [fact for fact in self.facts() if fact[0] in kinds]
-        if facts:
-            kind = self.rng.choice(list(dict.fromkeys(kind for kind, _, _ in facts)))
-            return self.rng.choice([fact for fact in facts if fact[0] == kind])
+        if not facts:
+            return None
+        kind = self.rng.choice(list(dict.fromkeys(kind for kind, _, _ in facts)))
+        return self.rng.choice([fact for fact in facts if fact[0] == kind])
 
     def text(self, tense: int = 0) -> str:
         """The tale so far, in the past (0) or the present (1)."""

@@ -1,4 +1,4 @@
-"""A Sphinx extension for the pages in book/api: docstrings as they are, and links from the chapters.
+"""A Sphinx extension for the pages in book/api: docstrings as they are, and links from chapters.
 
 A page names what it shows, and where that is explained:
 
@@ -10,9 +10,9 @@ A page names what it shows, and where that is explained:
     .. autofunction:: lora_lib.torch.inject
     ```
 
-autodoc brings the docstring, which is plain text and not reStructuredText: paragraphs, `code`, lists
-whose columns are aligned, formulas. `as_rst` keeps them. `link_back` puts a link to the name at the
-end of the section that explains it, so that a chapter need not know of these pages.
+autodoc brings the docstring, which is plain text and not reStructuredText: paragraphs, `code`,
+lists whose columns are aligned, formulas. `as_rst` keeps them. `link_back` puts a link to the name
+at the end of the section that explains it, so that a chapter need not know of these pages.
 """
 
 import re
@@ -68,7 +68,8 @@ def _list(lines):
             items[-1].append(line.strip())
         else:
             return None
-    return [line for term, *words in items for line in (f"``{term}``", f"    {_text(' '.join(words))}")]
+    return [line for term, *words in items
+            for line in (f"``{term}``", f"    {_text(' '.join(words))}")]
 
 
 def _text(text):

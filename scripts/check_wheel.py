@@ -54,7 +54,7 @@ with torch.no_grad():
 
 
 def ask(python: str | Path, part: str, path: Path | None = None) -> None:
-    """Run a part in an empty folder, with `path` to import from first. CalledProcessError if not."""
+    """Run a part in an empty folder, with `path` to import from first. Raises what it raises."""
     extra = {} if path is None else {"PYTHONPATH": str(path)}
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([python, "-c", PARTS[part]], cwd=folder, check=True,

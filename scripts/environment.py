@@ -89,7 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
     solved = sorted(ROOT.glob("assignments/source/*/*.ipynb"))
     chapters += [path for path in solved if path.name.startswith(tuple(options.chapter) or "")]
     inside = make(options.name, options.python)
-    print(f"lora_lib installed in {install(inside):.1f} s; no other package has changed", flush=True)
+    print(f"lora_lib installed in {install(inside):.1f} s; no other package has changed",
+          flush=True)
     failed = 0
     for chapter in chapters:
         seconds, error = run(inside, chapter)

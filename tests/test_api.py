@@ -112,7 +112,7 @@ def test_a_docstring_loses_nothing():
 @pytest.mark.parametrize("text", [
     "W * x, **options, _private_, |x|, a_, `code`s and s`code`, \\d, [1]_, ends with a colon:",
     "- no list\n1. nor this",
-    "Words:\n    A (r, k)  projects down, and\n              goes on\n    B (d, r)  projects up\n\nMore.",
+    "Words:\n    A (r, k)  projects down, and\n              goes on\n    B (d, r)  up\n\nMore.",
     "A formula:\n    y = W x  +  b\n      not a list\nMore.",
     'stage  "serve" is a string\nother  is `code`',
 ])
@@ -146,7 +146,12 @@ def test_the_built_pages_are_linked_both_ways():
 # --- the package ----------------------------------------------------------------------------------
 
 def test_importing_the_package_imports_nothing_else():
-    code = "import sys; before = set(sys.modules); import lora_lib; print(*set(sys.modules) - before)"
+    code = """
+import sys
+before = set(sys.modules)
+import lora_lib
+print(*set(sys.modules) - before)
+"""
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.split() == ["lora_lib"]
 
@@ -160,7 +165,8 @@ def wheel(tmp_path_factory):
     shutil.copytree(notebooks.ROOT / "lora_lib", source / "lora_lib",
                     ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps",
-                    "--no-build-isolation", "--no-index", "--wheel-dir", source, source], check=True)
+                    "--no-build-isolation", "--no-index", "--wheel-dir", source, source],
+                   check=True)
     (path,) = source.glob("*.whl")
     return path
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 import lora_lib.tuning.resume
 from lora_lib.command import MODULES, main
 from lora_lib.command.base import load_adapted, load_base
-from lora_lib.command.folder import CHECKPOINT, DONE, RUNNING, steps_done
+from lora_lib.command.folder import CHECKPOINT, DONE, steps_done
 from lora_lib.command.tune import cpu_has_bfloat16
 from lora_lib.torch import load_pretrained, lora_modules, save_adapter
 from lora_lib.torch.peft_format import CONFIG, WEIGHTS

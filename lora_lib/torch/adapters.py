@@ -53,7 +53,8 @@ class Adapters:
         self.model = model
         self._adapters: dict[str, dict[str, LoRALinear]] = {}
         self._originals: dict[str, dict[str, Tensor]] = {}   # of the merged weights, on the host
-        self._installed, self._active = layers, {}
+        self._installed = layers
+        self._active: dict[str, float] = {}
         self._check_untouched()
         if present is not None:
             self._adapters[_new_name(present, self.names)] = layers

@@ -23,8 +23,8 @@ class LoRALayer(nn.Module):
 
     `scaling` is alpha / r, or alpha / sqrt(r) with `use_rslora`. `seed` is an integer or a CPU
     torch.Generator; None draws from torch's global one. `any_rank` lets the rank be above
-    min(d, k), which adds numbers and no matrix: PEFT's files may hold such. Raises ValueError or TypeError for a
-    rank, alpha, dtype, or shape that cannot be.
+    min(d, k), which adds numbers and no matrix: PEFT's files may hold such. Raises ValueError or
+    TypeError for a rank, alpha, dtype, or shape that cannot be.
     """
 
     def __init__(self, in_features: int, out_features: int, rank: int = 8, alpha: float = 16.0, *,
@@ -106,7 +106,9 @@ class LoRALayer(nn.Module):
 
 def generator_of(seed: int | torch.Generator | None) -> torch.Generator | None:
     """A generator of its own for an integer `seed`; a generator, or None, as it is."""
-    return torch.Generator().manual_seed(int(seed)) if isinstance(seed, numbers.Integral) else seed
+    if isinstance(seed, (int, numbers.Integral)):
+        return torch.Generator().manual_seed(int(seed))
+    return seed
 
 
 class LoRALinear(LoRALayer):
@@ -136,7 +138,7 @@ class LoRALinear(LoRALayer):
         self.merged = False
         self.train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(..., k) -> (..., d)."""
         if self.merged:                          # the update is in the weight already
             return self.linear(x)
@@ -184,7 +186,7 @@ class LoRALinear(LoRALayer):
     @property
     def bias(self) -> Tensor | None:
         """The linear layer's own bias (d,), or None."""
-        return self.linear.bias
+        return self.linear.bias  # type: ignore[return-value]
 
 
 def shared_input(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_lib.numpy import (Linear, LoRALinear, ReLU, freeze, inject, merge, mlp,
+from lora_lib.numpy import (Linear, LoRALinear, Network, ReLU, freeze, inject, merge, mlp,
                             softmax_cross_entropy)
 
 
@@ -225,3 +225,12 @@ class TestMerge:
         with pytest.raises(ValueError, match="NaN"):
             merge(network)
         assert network.layers == layers and not layers[0].merged
+
+
+def test_a_layer_without_a_bias_merges_into_one_that_works():
+    rng = np.random.default_rng(0)
+    network = Network([LoRALinear(rng.normal(size=(3, 4)), rank=2, seed=0)])
+    network.layers[0].B[:] = rng.normal(size=(3, 2))
+    x = rng.normal(size=(5, 4))
+    adapted = network(x)
+    np.testing.assert_allclose(merge(network)(x), adapted, rtol=1e-12)
