@@ -45,7 +45,7 @@ def as_rst(docstring: list[str]) -> list[str]:
     for kind, group in groupby(docstring, _kind):
         lines = dedent("\n".join(group)).split("\n")
         if kind == "aligned":
-            shown += _list(lines) or ["::", "", *(f"    {line}" for line in lines)]
+            shown += _list(lines) or [".. code-block:: text", "", *(f"    {line}" for line in lines)]
         elif kind == "text":
             shown.append(_text(" ".join(lines)))
         shown.append("")
