@@ -61,4 +61,7 @@ def init_std_of(init_std: float | None, in_features: int) -> float:
 def _real(what, value):
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{what} must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:                            # an integer of more than 308 digits
+        raise ValueError(f"{what} must be finite, got an integer too large for a float") from None

@@ -19,8 +19,8 @@ from lora_lib.torch.inject import (bare_path, base_modules, check_bare, few, inj
 from lora_lib.torch.linear import (full, is_conv1d, is_linear, is_quantized, shape_of, stored,
                                    weight_of)
 from lora_lib.torch.lora import LoRALinear
-from lora_lib.torch.peft_format import (CONFIG, WEIGHTS, digest, names_module, read_config,
-                                        read_weights, setting, sort)
+from lora_lib.torch.peft_format import (CONFIG, WEIGHTS, check_patterns, digest, names_module,
+                                        read_config, read_weights, setting, sort)
 
 # Modules that PEFT trains whole, and looks for in the file, under a task_type of their own.
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"),
@@ -133,6 +133,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *,
     config, (tensors, samples) = read_config(path / CONFIG), read_weights(path / WEIGHTS)
     check_bare(model)
     parts, whole, copies = sort(tensors, config, path / WEIGHTS, _embeddings(model))
+    parts, whole = _by_own_path(model, parts), _by_own_path(model, whole)
+    check_patterns(config, {*base_modules(model), *parts}, path / CONFIG)
     plan = {name: (setting(config, "r", "rank_pattern", name),
                    setting(config, "lora_alpha", "alpha_pattern", name)) for name in parts}
     rslora = bool(config.get("use_rslora", False))
@@ -192,8 +194,24 @@ def _module(model, name):
                          f"{nearest(model, name)}") from None
 
 
+def _by_own_path(model, found):
+    """The same by the paths of `named_modules`: others lead to a module too, such as a property."""
+    paths, own = {id(module): name for name, module in model.named_modules()}, {}
+    for name, held in found.items():
+        try:
+            path = paths.get(id(model.get_submodule(name)))
+        except AttributeError:                       # _module says so
+            path = name
+        if path is None or path in own:
+            raise ValueError(f"the file names {name}, which is " + (
+                "no part of the model" if path is None else f"{path} once more"))
+        own[path] = held
+    return own
+
+
 def _check_whole(model, name, state):
-    expected = {key: tuple(t.shape) for key, t in _module(model, name).state_dict().items()}
+    there = _module(model, name).state_dict()
+    expected = {key: tuple(t.shape) for key, t in there.items()}
     found = {key: tuple(t.shape) for key, t in state.items()}
     for key in sorted(expected.keys() | found):
         if expected.get(key) != found.get(key):
@@ -201,6 +219,12 @@ def _check_whole(model, name, state):
                     if name in _embeddings(model) else "")
             raise ValueError(f"modules_to_save: {name}.{key} has shape {found.get(key)} in the "
                              f"file, expected {expected.get(key)}{hint}")
+        t, like = state[key], there[key]
+        if t.dtype != like.dtype and not (t.is_floating_point() and like.is_floating_point()):
+            raise ValueError(f"modules_to_save: {name}.{key} is {t.dtype} in the file, expected "
+                             f"{like.dtype}")
+        if t.is_floating_point() and not t.is_meta and not torch.isfinite(t.to(like.dtype)).all():
+            raise ValueError(f"modules_to_save: {name}.{key} is too large for {like.dtype}")
 
 
 def _check_complete(model, config, found):
@@ -234,7 +258,8 @@ def _check_same(name, here, there, what):
     if here is None or there is None:
         return
     here, there = torch.tensor(here), torch.tensor(there)
-    if not torch.allclose(here, there, rtol=2**-7, atol=1e-3 * float(there.abs().max())):
+    if here.shape != there.shape or not torch.allclose(
+            here, there, rtol=2**-7, atol=1e-3 * float(there.abs().max())):
         raise ValueError(f"{name}: the weight is {what}; load the right base, or pass "
                          "check_base=False if you mean it")
 
@@ -258,7 +283,8 @@ def _spread(W, count=8):
         return None
     rows, columns = zip(*(divmod(i * (W.numel() - 1) // (count - 1), W.shape[1])
                           for i in range(count)))
-    return W[list(rows), list(columns)].float().tolist()
+    values = W[list(rows), list(columns)].float()
+    return values.tolist() if torch.isfinite(values).all() else None
 
 
 def _embeddings(model):

@@ -3,6 +3,9 @@
 import hashlib
 import json
 import re
+import reprlib
+import subprocess
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
@@ -36,10 +39,25 @@ PREFIX = "base_model.model."
 INNER = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
 
 
+# Bytes of settings, and of a header beyond its tensors' own: a hundred times what adapters have.
+# A file made to harm could else fill the memory.
+LARGEST = {CONFIG: 2**23, WEIGHTS: 12 * 2**20}
+
+# Seconds that the regular expressions of a file may take.
+PATIENCE = 10
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 200
+
+
 def read_config(file: Path) -> dict:
     """The settings in `file`, or ValueError for what is damaged, or not supported here."""
+    with open(file, "rb") as f:
+        text = f.read(LARGEST[CONFIG] + 1)
+    if len(text) > LARGEST[CONFIG]:
+        raise ValueError(f"{file} has more than {LARGEST[CONFIG]} bytes: no adapter's settings do")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -49,23 +67,33 @@ def read_config(file: Path) -> dict:
             raise ValueError(f"{file}: {key!r} is missing")
     for key in (*UNSUPPORTED, *config.keys() - KNOWN):
         if config.get(key):
-            raise ValueError(f"{file}: {key} = {config[key]!r} is not " + (
+            raise ValueError(f"{file}: {key} = {_brief.repr(config[key])} is not " + (
                 "supported here" if key in UNSUPPORTED else
                 "known here, and may change what the adapter computes"))
     if config.get("bias", "none") != "none":
-        raise ValueError(f"{file}: bias = {config['bias']!r} is not supported, expected 'none'")
+        raise ValueError(f"{file}: bias = {_brief.repr(config['bias'])} is not supported, expected "
+                         "'none'")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
-        raise ValueError(f"{file}: init_lora_weights = {init!r} changed the base's weights too; "
-                         "let PEFT convert the adapter (path_initial_model_for_weight_conversion)")
+        raise ValueError(f"{file}: init_lora_weights = {_brief.repr(init)} changed the base's "
+                         "weights too; let PEFT convert the adapter "
+                         "(path_initial_model_for_weight_conversion)")
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
-            raise ValueError(f"{file}: {key} must be an object, got {config[key]!r}")
+            raise ValueError(f"{file}: {key} must be an object, got {_brief.repr(config[key])}")
+    for key, pattern, fits, what in (
+            ("r", "rank_pattern", lambda v: type(v) is int and v > 0, "an integer of at least 1"),
+            ("lora_alpha", "alpha_pattern",
+             lambda v: type(v) in (int, float) and abs(v) < float("inf"), "a finite number")):
+        for value in (config[key], *(config.get(pattern) or {}).values()):
+            if not fits(value):
+                raise ValueError(f"{file}: {key} and the values of {pattern} must be {what}, got "
+                                 f"{_brief.repr(value)}")
     for key, kinds in {"modules_to_save": list, "target_modules": (list, str),
                        "exclude_modules": (list, str)}.items():
         value = config.get(key) or []
         if not isinstance(value, kinds) or not all(isinstance(v, str) for v in value):
-            raise ValueError(f"{file}: {key} must be a list of names, got {value!r}")
+            raise ValueError(f"{file}: {key} must be a list of names, got {_brief.repr(value)}")
     return config
 
 
@@ -73,17 +101,39 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, list[float]]]
     """The tensors in `file`, and what `save_adapter` noted of the base, or ValueError."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist")
+    with open(file, "rb") as f:
+        header, size = int.from_bytes(f.read(8), "little"), file.stat().st_size
+    if LARGEST[WEIGHTS] + (size - header) < header < size:
+        raise ValueError(f"{file} is damaged: a header of {header} bytes for {size - header} of "
+                         "data")
     try:
         with safe_open(file, framework="pt") as f:
             noted = f.metadata() or {}
+            if odd := [key for key in f.keys() if not key.startswith(PREFIX)]:
+                raise ValueError(f"{file}: {odd[0]} is not the A or B of a linear layer: PEFT's "
+                                 f"names begin with {PREFIX}")
             tensors = {key: f.get_tensor(key) for key in f.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or no safetensors file: {error}") from error
+        raise ValueError(f"{file} is damaged or no safetensors file: {str(error)[:500]}") from error
     samples = noted.get("lora_lib_base", "{}")
     expected = noted.get("lora_lib_sha256")            # PEFT's own files have none
     if expected is not None and expected != digest(tensors, samples):
         raise ValueError(f"{file} is damaged: its checksum does not fit its contents")
-    return tensors, json.loads(samples)
+    return tensors, _samples(samples, file)
+
+
+def _samples(text, file):
+    """{name: numbers of the base's weight, or None}."""
+    try:
+        samples = json.loads(text)
+    except (ValueError, RecursionError):
+        samples = None
+    if not isinstance(samples, dict) or not all(
+            values is None or isinstance(values, list)
+            and all(isinstance(v, (int, float)) and abs(v) < 1e39 for v in values)
+            for values in samples.values()):
+        raise ValueError(f"{file} is damaged: its note on the base holds no numbers")
+    return samples
 
 
 def digest(tensors: dict[str, Tensor], samples: str) -> str:
@@ -103,11 +153,14 @@ def sort(tensors: dict[str, Tensor], config: dict, file: Path,
     The names that wrappers put into paths are left out. A weight of one of the model's
     `embeddings` is a module to save. Raises ValueError for another key, and for NaN or infinity.
     """
-    tensors = {re.sub(rf"(?<=\.)(?:{'|'.join(INNER)})\.", "", key): t for key, t in tensors.items()}
+    tensors, all_tensors = {}, tensors
+    for key, t in all_tensors.items():
+        bare = re.sub(rf"(?<=\.)(?:{'|'.join(INNER)})\.", "", key)
+        if bare in tensors:
+            raise ValueError(f"{file} holds {bare} twice, once as {key}")
+        tensors[bare] = _number(t, f"{file}: {key}")
     halves, whole, copies = {}, {}, {}
     for key, t in tensors.items():
-        if t.is_floating_point() and not torch.isfinite(t).all():
-            raise ValueError(f"{file}: {key} holds NaN or infinity")
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
         if match and t.ndim == 2 and t.is_floating_point():
             halves.setdefault(match[1], {})[match[2]] = t
@@ -131,6 +184,19 @@ def sort(tensors: dict[str, Tensor], config: dict, file: Path,
     if not halves:
         raise ValueError(f"{file} holds no adapter")
     return {name: (half["A"], half["B"]) for name, half in halves.items()}, whole, copies
+
+
+def _number(t, what):
+    """The tensor; float8 as float32. ValueError for NaN, infinity, or what float32 cannot hold."""
+    if not t.is_floating_point():
+        return t
+    try:
+        wide = t.float() if t.element_size() != 2 else t
+    except NotImplementedError as error:             # two float4 in a byte
+        raise ValueError(f"{what} is stored as {t.dtype}, which torch cannot read") from error
+    if not torch.isfinite(wide).all():
+        raise ValueError(f"{what} holds NaN or infinity, or a number too large for float32")
+    return wide if t.element_size() < 2 else t
 
 
 def _owner(key, config):
@@ -159,5 +225,31 @@ def names_module(config: dict, key: str, name: str) -> bool:
 def _matches(pattern, name, what):
     try:
         return bool(re.fullmatch(pattern, name))
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{what} is no regular expression: {error}") from error
+
+
+def check_patterns(config: dict, names: Collection[str], file: Path) -> None:
+    """Raise ValueError if the regular expressions in `config` take too long on the paths `names`.
+
+    A few characters suffice for a time exponential in a path's length, and Python cannot stop what
+    it has begun: where there are more than two repeats or choices, or a group is repeated, another
+    process goes first.
+    """
+    kinds = [config.get(key) or () for key in ("target_modules", "exclude_modules", "rank_pattern",
+                                               "alpha_pattern")]
+    patterns = [p for kind in kinds for p in ([kind] if isinstance(kind, str) else
+                                              kind if isinstance(kind, dict) else ())]
+    plain = [re.sub(r"\\.", "", p) for p in patterns]
+    risky = [rf"(.*\.)?({p})" for p, bare in zip(patterns, plain)
+             if len(re.findall(r"[*+?{|]", bare)) > 2 or re.search(r"\)[*+{]", bare)]
+    if not risky or not sys.executable or getattr(sys, "frozen", False):
+        return
+    script = ("import json, re, sys; patterns, names = json.load(sys.stdin)\n"
+              "for p in patterns:\n for name in names: re.fullmatch(p, name)")
+    try:
+        subprocess.run([sys.executable, "-I", "-S", "-c", script], timeout=PATIENCE, text=True,
+                       input=json.dumps([risky, list(names)]), capture_output=True)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"{file}: the regular expressions take more than {PATIENCE} s, such as "
+                         f"{_brief.repr(patterns[0])}") from error
