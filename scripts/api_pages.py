@@ -45,7 +45,8 @@ def as_rst(docstring: list[str]) -> list[str]:
     for kind, group in groupby(docstring, _kind):
         lines = dedent("\n".join(group)).split("\n")
         if kind == "aligned":
-            shown += _list(lines) or [".. code-block:: text", "", *(f"    {line}" for line in lines)]
+            as_it_is = [".. code-block:: text", "", *(f"    {line}" for line in lines)]
+            shown += _list(lines) or as_it_is
         elif kind == "text":
             shown.append(_text(" ".join(lines)))
         shown.append("")
