@@ -1,4 +1,4 @@
-"""A real assistant learns two tasks: SmolLM2-135M, with LoRA, fully, or from examples in its prompt.
+"""A real assistant learns two tasks: SmolLM2-135M, by LoRA, in full, or from examples in a prompt.
 
     python -m lora_lib.experiments.assistant --workers 2     hours on two cores
 
@@ -6,17 +6,17 @@
 phrasings, names and values that training never had. "docstrings" says in one sentence what a
 function of Python's standard library does; the test has other modules. A seed draws the examples,
 the adapter's A, and the order. Each method's rate is the best of a grid by the validation loss of
-shorter runs with seed 10, widened until the best is inside; what is compared are the test examples of
-seeds 0 to 2.
+shorter runs with seed 10, widened until the best is inside; what is compared are the test examples
+of seeds 0 to 2.
 
 Written down before the first run, with what we expected:
 - LoRA gives more right calls than ten examples in the prompt, by at least 0.10 (expected: holds)
 - LoRA is as good as full fine-tuning: right calls within 0.05, docstrings' loss within 0.05 nats
   (expected: the second holds; three seeds leave the first undecided)
 - full fine-tuning forgets more than LoRA: prose's loss rises by at least 0.02 nats more (undecided)
-Three seeds make wide intervals; undecided is a verdict. Between tuning and the comparison a few words
-of the requests were changed, such as "parents' evening", which reads like a time, and the test was
-made smaller, to have it run in an hour.
+Three seeds make wide intervals; undecided is a verdict. Between tuning and the comparison a few
+words of the requests were changed, such as "parents' evening", which reads like a time, and the
+test was made smaller, to have it run in an hour.
 """
 
 import re
@@ -214,8 +214,8 @@ def judged(differences, least: float) -> str:
 
 
 def equivalent(differences, margin: float) -> str:
-    """Is the mean within +-`margin`? Undecided where its 95 % interval reaches both sides of one, and
-    with one seed."""
+    """Is the mean within +-`margin`? Undecided where its 95 % interval reaches both sides of one,
+    and with one seed."""
     if len(differences) < 2:
         return UNDECIDED
     mean, half = interval(differences)
@@ -225,8 +225,8 @@ def equivalent(differences, margin: float) -> str:
 
 
 def verdicts() -> list[Verdict]:
-    """What the tasks on a real assistant say, judged on paired differences over the seeds; of a task
-    with fewer than two seeds, nothing."""
+    """What the tasks on a real assistant say, judged on paired differences over the seeds; of a
+    task with fewer than two seeds, nothing."""
     found = []
     of = lambda task, what: {m: compared(task, m, what) for m in METHODS}
     ready = [task for task in TASKS if len(seeds(task)) > 1]
@@ -234,8 +234,8 @@ def verdicts() -> list[Verdict]:
         right = of("calls", "exact")
         more = right["LoRA"] - right["few-shot"]
         found += [
-            Verdict("on SmolLM2, LoRA gives more right tool calls than examples in the prompt", "10",
-                    judged(more, MORE_RIGHT), f"right calls: {shown(more, '+.2f')} more, from "
+            Verdict("on SmolLM2, LoRA gives more right tool calls than examples in the prompt",
+                    "10", judged(more, MORE_RIGHT), f"right calls: {shown(more, '+.2f')} more, from "
                     f"{shown(right['few-shot'])}; margin {MORE_RIGHT}"),
             Verdict("on SmolLM2, LoRA gives as many right tool calls as full fine-tuning", "10",
                     equivalent(right["LoRA"] - right["full"], AS_GOOD), "right calls: "
