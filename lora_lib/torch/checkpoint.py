@@ -20,7 +20,7 @@ from lora_lib.torch.linear import (full, is_conv1d, is_linear, is_quantized, sha
                                    weight_of)
 from lora_lib.torch.lora import LoRALinear
 from lora_lib.torch.peft_format import (CONFIG, WEIGHTS, check_patterns, digest, names_module,
-                                        read_config, read_weights, setting, sort)
+                                        read_config, read_weights, settings, sort)
 
 # Modules that PEFT trains whole, and looks for in the file, under a task_type of their own.
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"),
@@ -135,8 +135,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *,
     parts, whole, copies = sort(tensors, config, path / WEIGHTS, _embeddings(model))
     parts, whole = _by_own_path(model, parts), _by_own_path(model, whole)
     check_patterns(config, {*base_modules(model), *parts}, path / CONFIG)
-    plan = {name: (setting(config, "r", "rank_pattern", name),
-                   setting(config, "lora_alpha", "alpha_pattern", name)) for name in parts}
+    ranks = settings(config, "r", "rank_pattern", parts)
+    alphas = settings(config, "lora_alpha", "alpha_pattern", parts)
+    plan = {name: (ranks[name], alphas[name]) for name in parts}
     rslora = bool(config.get("use_rslora", False))
     present = lora_modules(model)
     if present:

@@ -84,7 +84,7 @@ def read_config(file: Path) -> dict:
     for key, pattern, fits, what in (
             ("r", "rank_pattern", lambda v: type(v) is int and v > 0, "an integer of at least 1"),
             ("lora_alpha", "alpha_pattern",
-             lambda v: type(v) in (int, float) and abs(v) < float("inf"), "a finite number")):
+             lambda v: type(v) in (int, float) and abs(v) < 1e38, "a finite number, below 1e38")):
         for value in (config[key], *(config.get(pattern) or {}).values()):
             if not fits(value):
                 raise ValueError(f"{file}: {key} and the values of {pattern} must be {what}, got "
@@ -206,25 +206,28 @@ def _owner(key, config):
     return next((p for p in paths if p.endswith(tuple(config.get("modules_to_save") or ()))), None)
 
 
-def setting(config: dict, key: str, pattern_key: str, name: str):
-    """PEFT's rule: the first pattern that matches the end of the path, else the common value."""
+def settings(config: dict, key: str, pattern_key: str, names: Collection[str]) -> dict:
+    """{name: value}. PEFT's rule: the first pattern that matches the end of the path, else the
+    common value."""
+    found, left = {}, list(names)
     for pattern, value in (config.get(pattern_key) or {}).items():
-        if _matches(rf"(.*\.)?({pattern})", name, f"{pattern_key}: {pattern!r}"):
-            return value
-    return config[key]
+        matches = _compiled(rf"(.*\.)?({pattern})$", f"{pattern_key}: {_brief.repr(pattern)}").match
+        found |= {name: value for name in left if matches(name)}
+        left = [name for name in left if name not in found]
+    return found | dict.fromkeys(left, config[key])
 
 
 def names_module(config: dict, key: str, name: str) -> bool:
     """PEFT's rule: a string is a regular expression of whole paths, a list holds their ends."""
     names = config.get(key) or ()
     if isinstance(names, str):
-        return _matches(names, name, f"{key}: {names!r}")
+        return bool(_compiled(names, f"{key}: {_brief.repr(names)}").fullmatch(name))
     return any(name == end or name.endswith(f".{end}") for end in names)
 
 
-def _matches(pattern, name, what):
+def _compiled(pattern, what):
     try:
-        return bool(re.fullmatch(pattern, name))
+        return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{what} is no regular expression: {error}") from error
 
@@ -233,20 +236,20 @@ def check_patterns(config: dict, names: Collection[str], file: Path) -> None:
     """Raise ValueError if the regular expressions in `config` take too long on the paths `names`.
 
     A few characters suffice for a time exponential in a path's length, and Python cannot stop what
-    it has begun: where there are more than two repeats or choices, or a group is repeated, another
-    process goes first.
+    it has begun: where there are more than two repeats or choices, a group is repeated, or there
+    are many, another process goes first.
     """
     kinds = [config.get(key) or () for key in ("target_modules", "exclude_modules", "rank_pattern",
                                                "alpha_pattern")]
     patterns = [p for kind in kinds for p in ([kind] if isinstance(kind, str) else
                                               kind if isinstance(kind, dict) else ())]
     plain = [re.sub(r"\\.", "", p) for p in patterns]
-    risky = [rf"(.*\.)?({p})" for p, bare in zip(patterns, plain)
-             if len(re.findall(r"[*+?{|]", bare)) > 2 or re.search(r"\)[*+{]", bare)]
+    risky = [rf"(.*\.)?({p})" for p, bare in zip(patterns, plain) if len(patterns) > 1000
+             or len(re.findall(r"[*+?{|]", bare)) > 2 or re.search(r"\)[*+{]", bare)]
     if not risky or not sys.executable or getattr(sys, "frozen", False):
         return
     script = ("import json, re, sys; patterns, names = json.load(sys.stdin)\n"
-              "for p in patterns:\n for name in names: re.fullmatch(p, name)")
+              "for p in patterns:\n p = re.compile(p)\n for name in names: p.fullmatch(name)")
     try:
         subprocess.run([sys.executable, "-I", "-S", "-c", script], timeout=PATIENCE, text=True,
                        input=json.dumps([risky, list(names)]), capture_output=True)
