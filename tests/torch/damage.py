@@ -144,11 +144,11 @@ def rename_a_path(rng, folder):
     path = folder.entries[_any(rng, folder)][0].rpartition(".lora_")[0]
     path = path.removeprefix("base_model.model.") or "head"
     first, _, rest = path.partition(".")
-    new = rng.choice([f"_orig_mod.{path}", f"{first}._fsdp_wrapped_module.{rest}", "twin", "pooler",
-                      f"{first}._checkpoint_wrapped_module.{rest}", f"module.{path}",
-                      path.replace("encoder.layers", "backbone"), path.replace("query", "value"),
-                      path.replace("layers.0", "layers.1"), path.replace("layers.0", "layers.00"),
-                      *NAMES])
+    paths = [f"_orig_mod.{path}", f"{first}._fsdp_wrapped_module.{rest}", "twin", "pooler",
+             f"{first}._checkpoint_wrapped_module.{rest}", f"module.{path}",
+             path.replace("encoder.layers", "backbone"), path.replace("query", "value"),
+             path.replace("layers.0", "layers.1"), path.replace("layers.0", "layers.00")]
+    new = rng.choice(paths if rng.random() < 0.7 else NAMES)
     both = rng.random() < 0.4                    # the old keys stay, with other numbers
     for i, (key, *about) in enumerate(list(folder.entries)):
         if path in key:
@@ -315,10 +315,11 @@ def lie_about_the_length(rng, content):
 def huge_header(rng, content):
     header, data = split(content)
     n = rng.choice([10**4, 10**5, 10**6, 12 * 10**6, 16 * 10**6, 9 * 10**7])
+    prefix = rng.choice([b"", b"base_model.model."])
     more = rng.choice([lambda: b" " * n, lambda: b',"x":' + b"[" * n,
                        lambda: b',"x":"' + b"x" * n + b'"',
                        lambda: b"".join(b',"%s%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
-                                        % (rng.choice([b"", b"base_model.model."]), i)
+                                        % (prefix, i)
                                         for i in range(n // 90))])()
     at = header.rindex(b"}")
     return joined(header[:at] + more + header[at:], data)
