@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lib.torch.inject import (check_target, find_targets, owners_of, replace_modules,
-                                   saved_modules)
+from lora_lib.torch.inject import (_adaptable, check_target, find_targets, owners_of,
+                                   replace_modules, saved_modules)
 from lora_lib.torch.linear import is_linear, is_quantized, shape_of, weight_of
 from lora_lib.torch.lora import LoRALinear
 
@@ -192,16 +192,21 @@ def quantize(model: nn.Module, target_modules: str | list[str] = "all-linear", b
              double: bool = True) -> nn.Module:
     """Put an NF4Linear in the place of every target; `inject` adapters afterwards.
 
-    `target_modules` is what `inject` takes; "all-linear" leaves out the output head. Returns the
-    same model; on an error it is as it was before. Raises ValueError when a name matches nothing,
-    a target has an adapter or a weight that is tied or not finite, or for a block that cannot be;
-    TypeError when a target is not a linear layer, or is quantized already.
+    `target_modules` is what `inject` takes; "all-linear" leaves out the output head, and what
+    `inject` leaves out then, of which a warning tells. Returns the same model; on an error it is
+    as it was before. Raises ValueError when a name matches nothing, a target has an adapter or a
+    weight that is tied or not finite, or for a block that cannot be; TypeError when a target is
+    not a linear layer, or is quantized already.
     """
     layers, owners = {}, owners_of(model)
-    for name in find_targets(model, target_modules):
-        linear = model.get_submodule(name)
-        if isinstance(linear, LoRALinear):
+    names = find_targets(model, target_modules)
+    for name in names:
+        if isinstance(model.get_submodule(name), LoRALinear):
             raise ValueError(f"{name} has an adapter: quantize() the base first, then inject()")
+    if target_modules == "all-linear":
+        names = _adaptable(model, names, 1, saved_modules(model))
+    for name in names:
+        linear = model.get_submodule(name)
         check_target(model, name, saved_modules(model), owners)
         try:
             layers[name] = NF4Linear(linear, block, double)

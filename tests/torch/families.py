@@ -1,0 +1,251 @@
+"""Every family of transformers that can be made tiny: adapters here, in PEFT, merged, in NF4.
+
+`row` takes one family through all of it and says "yes", or what went wrong, for each column of the
+table in book/compatibility.md. `scripts/compatibility.py --families` runs them all.
+"""
+
+import copy
+import re
+import signal
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lora_lib.torch import inject, load_adapter, lora_modules, merge, quantize, save_adapter
+from lora_lib.torch.linear import is_linear
+from tests.torch.tiny import NotBuilt, floats, make, modality, outputs
+
+TOLERANCE, EFFECT = 1e-4, 1e-3          # of the largest output: what is the same, what is not
+SECONDS = 60                            # for one family
+COLUMNS = ("training step", "gradient", "to PEFT", "from PEFT", "reload", "merge", "NF4")
+
+
+def row(family: str) -> dict[str, str]:
+    """The family's class, modality, inputs, and an answer for each of COLUMNS; or "not tried"."""
+    with warnings.catch_warnings(), _limit(SECONDS):
+        warnings.simplefilter("ignore")
+        try:
+            base, given = make(family)
+            answers = Trial(base, given).answers()
+        except NotBuilt as error:
+            return {"not tried": words(error)}
+        except TimeoutError:
+            return {"not tried": f"it takes more than {SECONDS} seconds"}
+    return {"class": type(base).__name__, "modality": modality(base), "inputs": ", ".join(given), **answers}
+
+
+@contextmanager
+def _limit(seconds):
+    def stop(*_):
+        raise TimeoutError
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def words(error: Exception | str) -> str:
+    """The first sentence of an error, fit for one cell of a table."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"Class validation error for validator '\w+': ", "", text)
+    text = re.sub(r"0x[0-9a-f]+|/[\w./-]+/(?=[\w.]+)", "", text).replace("|", "/").replace("`", "'")
+    text = re.sub(r"\['[^]]*'\]",                      # what was a set has another order each time
+                  lambda found: f"[{', '.join(sorted(found[0][1:-1].split(', ')))}]", text)
+    first = re.split(r"(?<=[a-z)'\]])\. ", text)[0]
+    return first if len(first) <= 160 else f"{first[:157]}..."
+
+
+class Trial:
+    """One tiny model, and what becomes of adapters for it."""
+
+    def __init__(self, base: nn.Module, given: dict[str, Tensor]):
+        self.base, self.given = base, given
+        self.plain = outputs(base, given)
+        self.largest = max(float(t.abs().max()) for t in self.plain)
+
+    def answers(self) -> dict[str, str]:
+        """{column: "yes" if both choices of targets pass, else the words of what failed}."""
+        linear = [n for n, m in self.base.named_modules() if is_linear(m)]
+        if not linear:
+            raise NotBuilt("it has no linear layer")
+        self.adapted, self.idle = linear, []
+        both = {"all-linear": self._answers("all-linear")}
+        both["named"] = self._answers(self._names())
+        answers = {}
+        for column in COLUMNS:
+            said = {name: cells.get(column, "-") for name, cells in both.items()}
+            if len(set(said.values())) == 1 or column == "gradient" and said["named"] == "yes":
+                answers[column] = said["all-linear"]
+            else:
+                answers[column] = "; ".join(f"{name}: {cell}" for name, cell in said.items()
+                                            if cell != "yes")
+        return answers
+
+    def _names(self):
+        """The two commonest names of layers that learn and name nothing else, or the path of one."""
+        learn = [n for n in self.adapted if n not in self.idle]
+        every = Counter(n.rpartition(".")[2] for n, _ in self.base.named_modules())
+        found = Counter(n.rpartition(".")[2] for n in learn)
+        good = [leaf for leaf, count in found.most_common()
+                if count == every[leaf] and not leaf.isdigit()]
+        return good[:2] or learn[:1]
+
+    def _answers(self, targets):
+        """The cells of one choice of targets; after a failure, those that need what failed lack."""
+        cells, folder = {}, tempfile.TemporaryDirectory()
+
+        def attempt(column: str, function: Callable, *arguments) -> None:
+            try:
+                cells[column] = function(*arguments) or "yes"
+            except TimeoutError:
+                raise
+            except Exception as error:
+                cells[column] = words(error)
+
+        with folder as name:
+            here, there = Path(name) / "here", Path(name) / "there"
+            attempt("training step", self._step, targets)
+            if cells["training step"] == "yes":
+                cells["gradient"] = _all_but(self.idle, self.adapted)
+                attempt("NF4", self._nf4, targets)
+            attempt("to PEFT", self._to_peft, targets, here)
+            if (here / "adapter_config.json").exists():
+                attempt("reload", self._reload, here)
+                attempt("merge", self._merge)
+            attempt("from PEFT", self._from_peft, targets, there)
+        return cells
+
+    def _fresh(self) -> nn.Module:
+        return copy.deepcopy(self.base)
+
+    def _adapted(self, model, targets):
+        return inject(model, targets, rank=2, alpha=4, seed=0)
+
+    def _step(self, targets):
+        model = self._adapted(self._fresh(), targets)
+        try:
+            self._train(model)
+        except TimeoutError:
+            raise
+        except Exception as error:
+            try:
+                self._train(self._fresh().requires_grad_(True))
+            except Exception as without:
+                if words(without) == words(error):
+                    return f"without an adapter too: {words(error)}"
+            raise
+        self.adapted = lora_modules(model)
+        self.idle = [name for name, layer in self.adapted.items() if _still(layer.B)]
+
+    def _train(self, model):
+        """One step on a sum of all outputs with random signs, which reaches what they depend on."""
+        torch.manual_seed(0)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        found = [t for t in floats(model.train()(**self.given)) if t.requires_grad]
+        if not found:
+            raise ValueError("no output has a gradient")
+        sum((t * torch.randn_like(t)).sum() for t in found).backward()
+        torch.optim.SGD(trained, lr=1e-3).step()
+
+    def _nf4(self, targets):
+        model = self._adapted(quantize(self._fresh(), targets), targets)
+        self._train(model)
+        layers = lora_modules(model)
+        return _all_but([n for n, layer in layers.items() if _still(layer.B)
+                         and n not in self.idle], layers)
+
+    def _to_peft(self, targets, folder):
+        model = self._adapted(self._fresh(), targets)
+        for layer in lora_modules(model).values():
+            _draw(layer.A, layer.B, layer.scaling)
+        self.model, self.ours = model, outputs(model, self.given)
+        save_adapter(model, folder)
+        theirs = _peft(PeftModel.from_pretrained, self._fresh(), folder, is_trainable=True)
+        found = _peft(outputs, theirs, self.given)
+        answer = self._compare(self.ours, found)
+        if answer != "yes" and (other := theirs.peft_config["default"].target_parameters):
+            return f"PEFT: it takes names of layers for those of experts, {sorted(other)}"
+        if answer != "yes" and (lost := self._lost(theirs)):
+            return f"PEFT: nothing reads its adapters at {lost}"
+        return answer
+
+    def _lost(self, theirs):
+        """Patterns of the adapters to which a gradient comes here, and none in PEFT."""
+        self._train(theirs)
+        found = [n.removeprefix("base_model.model.") for n, m in theirs.named_modules()
+                 if isinstance(m, LoraLayer) and _still(m.lora_B["default"].weight)]
+        return _patterns(n for n in found if n not in self.idle)
+
+    def _reload(self, folder):
+        return self._compare(self.ours, outputs(load_adapter(self._fresh(), folder), self.given))
+
+    def _merge(self):
+        return self._compare(self.ours, outputs(merge(self.model), self.given))
+
+    def _from_peft(self, targets, folder):
+        config = LoraConfig(r=2, lora_alpha=4, target_modules=targets)
+        theirs = _peft(get_peft_model, self._fresh(), config)
+        for layer in theirs.modules():
+            if isinstance(layer, LoraLayer) and layer.lora_A:
+                _draw(layer.lora_A["default"].weight, layer.lora_B["default"].weight,
+                      layer.scaling["default"])
+        found = _peft(outputs, theirs, self.given)
+        _peft(theirs.save_pretrained, folder)
+        answer = self._compare(found, outputs(load_adapter(self._fresh(), folder), self.given))
+        if answer != "yes" and (lost := self._lost(theirs)):
+            return f"PEFT: nothing reads its adapters at {lost}"
+        return answer
+
+    def _compare(self, one, other):
+        """ "yes" if the outputs are the same, and not the base's."""
+        if max(_distance(one, self.plain)) < EFFECT * self.largest:
+            return "the adapter does not change the outputs"
+        return "yes" if max(_distance(one, other)) <= TOLERANCE * self.largest else \
+            "the outputs differ"
+
+
+def _distance(one, other):
+    return [float((a - b).abs().max()) for a, b in zip(one, other, strict=True)]
+
+
+def _still(B):
+    """Whether no gradient came: with B = 0 it is what the outputs say of the layer's own."""
+    return B.grad is None or not B.grad.any()
+
+
+@torch.no_grad()
+def _draw(A, B, scaling):
+    """Random values: those of the product are 0.15 in the mean square."""
+    B.copy_(torch.randn(B.shape, generator=torch.Generator().manual_seed(B.numel())))
+    product = scaling * B @ A
+    B.mul_(0.15 / float(product.square().mean().sqrt()))
+
+
+def _peft(function, *arguments, **options):
+    try:
+        return function(*arguments, **options)
+    except TimeoutError:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"PEFT: {error}") from error
+
+
+def _all_but(idle: Collection[str], layers: Collection[str]) -> str:
+    return f"all but {len(idle)} of {len(layers)}: {_patterns(idle)}" if idle else "yes"
+
+
+def _patterns(paths) -> str:
+    """The paths with * for each number; two of them, and how many more."""
+    found = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path) for path in paths))
+    return ", ".join(found[:2]) + (f" and {len(found) - 2} more" if len(found) > 2 else "")
