@@ -52,12 +52,10 @@ _brief.maxstring = _brief.maxother = 200
 
 def read_config(file: Path) -> dict:
     """The settings in `file`, or ValueError for what is damaged, or not supported here."""
-    with open(file, "rb") as f:
-        text = f.read(LARGEST[CONFIG] + 1)
-    if len(text) > LARGEST[CONFIG]:
+    if file.stat().st_size > LARGEST[CONFIG]:
         raise ValueError(f"{file} has more than {LARGEST[CONFIG]} bytes: no adapter's settings do")
     try:
-        config = json.loads(text.decode("utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
