@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lib.torch.checkpoint import load_adapter, save_adapter
+from lora_lib.torch.experts import refuse_experts
 from lora_lib.torch.inject import (few, inject, lora_modules, lora_state_dict, remove,
                                    replace_modules, saved_modules)
 from lora_lib.torch.linear import weight_of, write_weight
@@ -41,6 +42,7 @@ class Adapters:
     """
 
     def __init__(self, model: nn.Module, present: str | None = None):
+        refuse_experts(model, "Adapters")
         layers = lora_modules(model)
         if present is None and layers:
             raise ValueError(f"the model holds an adapter already, in {few(layers)}; give it a "
@@ -262,6 +264,11 @@ class Adapters:
         with self._for_a_while(None):
             try:
                 put_in()
+                try:
+                    refuse_experts(self.model, "Adapters")
+                except ValueError:
+                    remove(self.model)
+                    raise
                 if whole := saved_modules(self.model):
                     remove(self.model)                   # gives them their values back
                     raise ValueError(f"adapter {name!r} trains modules whole, {few(whole)} "

@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from lora_lib.torch.inject import idle_adapters, lora_modules, saved_modules
+from lora_lib.torch.experts import LoRAExperts
+from lora_lib.torch.inject import all_adapters, idle_adapters, saved_modules, shapes_of
 from lora_lib.torch.linear import full, weight_of
 from lora_lib.torch.lora import LoRALinear
 
@@ -134,14 +135,15 @@ def check(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *,
         raise ValueError(f"stage must be one of {STAGES}, got {stage!r}")
     if unknown := set(allow) - set(MESSAGES):
         raise ValueError(f"allow must hold codes of {list(MESSAGES)}, got {sorted(unknown)}")
-    layers = lora_modules(model)
+    layers = all_adapters(model)
+    own = {id(p) for layer in layers.values() for p in (layer.A, layer.B)}
     found = _Found()
     if not layers and stage != "serve":
         found.add("no adapter", type(model).__name__)
     sound = {name: layer for name, layer in layers.items() if _sound(name, layer, found)}
     whole = tuple(f"{name}." for name in saved_modules(model))
     other = {name: p for name, p in model.named_parameters()
-             if not _of_adapter(name, layers) and not name.startswith(whole)
+             if id(p) not in own and not name.startswith(whole)
              and not any(fnmatchcase(name, pattern) for pattern in also_trained)}
     for name, layer in sound.items():
         zero_A, zero_B = (not bool(t.any()) for t in (layer.A, layer.B))
@@ -170,15 +172,9 @@ class _Found(dict):
             self.setdefault(code, []).append(where)
 
 
-def _of_adapter(name, layers):
-    path, _, leaf = name.rpartition(".")
-    return leaf in ("A", "B") and path in layers
-
-
 def _sound(name, layer, found):
     """Whether A and B can be multiplied at all."""
-    shapes = ((layer.rank, layer.in_features), (layer.out_features, layer.rank))
-    right = (tuple(layer.A.shape), tuple(layer.B.shape)) == shapes
+    right = {part: tuple(getattr(layer, part).shape) for part in "AB"} == shapes_of(layer)
     finite = bool(torch.isfinite(layer.A).all() and torch.isfinite(layer.B).all())
     found.add("shape", name, not right)
     found.add("not finite", name, not finite)
@@ -227,7 +223,7 @@ def _new_heads(model, layers):
 
 def _check_base(layers, sound, other, base, found):
     if isinstance(base, nn.Module):
-        within = lora_modules(base)
+        within = all_adapters(base)
         base = {_plain(name, within): p for name, p in base.named_parameters()}
     for name, p in other.items():
         plain = _plain(name, layers)
@@ -235,7 +231,8 @@ def _check_base(layers, sound, other, base, found):
             raise ValueError(f"base must have {plain} of shape {tuple(p.shape)}, got "
                              f"{tuple(base[plain].shape) if plain in base else 'none of that name'}")
         path, _, leaf = plain.rpartition(".")
-        if plain != name and leaf == "weight":
+        path = plain if plain in layers else path
+        if plain != name and (leaf == "weight" or plain in layers):
             if path in sound:
                 _check_merge(path, layers[path], base[plain], found)
         else:
@@ -243,15 +240,18 @@ def _check_base(layers, sound, other, base, found):
 
 
 def _plain(name, layers):
-    """The parameter's name without the ".linear" that its adapter brought."""
+    """The parameter's name without what its adapter brought: ".linear", or a parametrization."""
+    bare = name.replace(".parametrizations.", ".").removesuffix(".original")
+    if bare in layers:
+        return bare
     path, _, leaf = name.rpartition(".")
     path = path.removesuffix(".linear") if path.removesuffix(".linear") in layers else path
     return f"{path}.{leaf}"
 
 
-def _check_merge(name, layer: LoRALinear, original, found):
+def _check_merge(name, layer: LoRALinear | LoRAExperts, original, found):
     """Which sum is in the weight? Each candidate is one mistake; the right one comes first."""
-    W = weight_of(layer.linear)
+    W = layer.original if isinstance(layer, LoRAExperts) else weight_of(layer.linear)
     dtype = W.dtype
     delta = full(layer.delta_weight()).double()
     base = original.detach().to(W.device).double()

@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lora_lib.files import atomic
-from lora_lib.torch.inject import (bare_path, base_modules, check_bare, few, inject_each,
+from lora_lib.torch.experts import (LoRAExperts, find_parameters, lora_experts, nested,
+                                    shortest_names)
+from lora_lib.torch.inject import (all_adapters, bare_path, base_modules, check_bare, few, inject_each,
                                    lora_modules, lora_state_dict, nearest, remove, saved_modules,
                                    within)
 from lora_lib.torch.linear import (full, is_conv1d, is_linear, is_quantized, shape_of, stored,
@@ -46,7 +49,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *,
     way to say what it holds, and FileExistsError if `path` is a file.
     """
     bare = bare_path(model)
-    layers = {bare(name): layer for name, layer in lora_modules(model).items()}
+    layers = {bare(name): layer for name, layer in all_adapters(model).items()}
+    experts = {bare(name) for name in lora_experts(model)}
     if not layers or "" in layers:
         raise ValueError("the model holds no LoRALinear with a name: there is no adapter to save")
     tensors = {key: t.to("cpu", copy=True).contiguous()      # copies: safetensors refuses tied ones
@@ -59,6 +63,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *,
     rank, alpha = _commonest(ranks), _commonest(alphas)
     rslora = _one("use_rslora", {layer.use_rslora for layer in layers.values()})
     if one_scaling:
+        if experts:
+            raise ValueError(f"one_scaling: {few(experts)} have adapters of parameters "
+                             "(target_parameters), which are not folded here")
         rank, alpha = _fold(tensors, layers)
         ranks, alphas, rslora = {}, {}, False
     elif any(alpha / r != layer.alpha / layer.rank for layer in layers.values()
@@ -66,6 +73,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *,
         warnings.warn("the layers differ in alpha / rank or in rank. PEFT and load_adapter read it "
                       "right; vLLM takes one factor for all, llama.cpp one alpha: save with "
                       "one_scaling=True for them", stacklevel=2)
+    modules = {bare(name): module for name, module in base_modules(model).items()}
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -73,14 +81,17 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": _one("dropout", {layer.dropout.p for layer in layers.values()}),
+        "lora_dropout": _one("dropout", {0.0 if name in experts else layer.dropout.p
+                                         for name, layer in layers.items()}),
         "use_rslora": rslora,
-        "target_modules": _targets(model, layers),
+        "target_modules": _targets(model, {n: m for n, m in layers.items() if n not in experts}),
+        "target_parameters": shortest_names(modules, experts) or None,
         # Regular expressions, anchored: PEFT would let "fc" match "block.fc" as well.
         "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha},
         "bias": "none",
-        "fan_in_fan_out": any(is_conv1d(layer.linear) for layer in layers.values()),
+        "fan_in_fan_out": any(is_conv1d(layer.linear) for layer in
+                              lora_modules(model).values()),
         "init_lora_weights": True,
         "modules_to_save": _whole(model, task_type) or None,
     }
@@ -133,17 +144,25 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *,
     config, (tensors, samples) = read_config(path / CONFIG), read_weights(path / WEIGHTS)
     check_bare(model)
     parts, whole, copies = sort(tensors, config, path / WEIGHTS, _embeddings(model))
-    parts, whole = _by_own_path(model, parts), _by_own_path(model, whole)
+    modules, targets = base_modules(model), config.get("target_parameters") or ()
+    parameters = find_parameters(modules, targets)
+    keys = nested(parameters, modules)
+    if lost := [name for name, key in keys.items() if key not in parts]:
+        raise ValueError(f"target_parameters names {few(lost)}, for which the file holds nothing: "
+                         "is it another base?")
+    held = {name: parts.pop(key) for name, key in keys.items()}
+    parts, whole = _by_own_path(model, parts) | held, _by_own_path(model, whole)
     check_patterns(config, {*base_modules(model), *parts}, path / CONFIG)
     ranks = settings(config, "r", "rank_pattern", parts)
     alphas = settings(config, "lora_alpha", "alpha_pattern", parts)
     plan = {name: (ranks[name], alphas[name]) for name in parts}
     rslora = bool(config.get("use_rslora", False))
-    present = lora_modules(model)
+    present = all_adapters(model)
     if present:
         _check_present(present, plan, rslora, {*saved_modules(model)} ^ {*whole})
     for name, (A, B) in parts.items():
-        _check_fit(model, name, A, B, plan[name][0], samples.get(name) if check_base else None)
+        check = _check_parameter if name in parameters else _check_fit
+        check(model, name, A, B, plan[name][0], samples.get(name) if check_base else None)
     for name, state in whole.items():
         _check_whole(model, name, state)
     _check_complete(model, config, {*parts, *whole})
@@ -155,8 +174,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *,
         _check_same(name, _spread(t), _sample(_module(model, name)), "not the one in the file")
     if not present:
         dropout = config.get("lora_dropout", 0.0)
-        inject_each(model, plan, dropout, modules_to_save=whole, use_rslora=rslora, loading=True)
-    layers = lora_modules(model)
+        inject_each(model, plan, dropout, parameters=parameters, modules_to_save=whole,
+                    use_rslora=rslora, loading=True)
+    layers = all_adapters(model)
     if gone := [name for name, layer in layers.items() if layer.A.is_meta]:
         if not present:
             remove(model)
@@ -164,8 +184,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *,
                          "the base's weights first")
     with torch.no_grad():
         for name, layer in layers.items():
-            layer.A.copy_(parts[name][0])
-            layer.B.copy_(parts[name][1])
+            A, B = parts[name]
+            A, B = layer.from_file(A, B) if name in parameters else (A, B)
+            layer.A.copy_(A)
+            layer.B.copy_(B)
     for name, state in whole.items():
         model.get_submodule(name).load_state_dict(state)
     return model
@@ -254,6 +276,23 @@ def _check_fit(model, name, A, B, rank, sample):
     _check_same(name, _sample(module), sample, "not the one that the adapter was trained on")
 
 
+def _check_parameter(model, name, A, B, rank, sample):
+    path, _, leaf = name.rpartition(".")
+    module, part = model.get_submodule(path), lora_experts(model).get(name)
+    W = part.original if part else module._parameters[leaf]
+    if W.ndim not in (2, 3):
+        return                                   # LoRAExperts says what is wrong with it
+    experts = len(W) if W.ndim == 3 else 1
+    d, k = W.shape[-2:]
+    if W.ndim == 3 and getattr(module, "is_transposed", False):
+        d, k = k, d
+    expected = (rank * experts, k), (d, rank * experts)
+    if (tuple(A.shape), tuple(B.shape)) != expected:
+        raise ValueError(f"{name}: A and B have shapes {tuple(A.shape)} and {tuple(B.shape)}, "
+                         f"expected {expected[0]} and {expected[1]} for {experts} experts")
+    _check_same(name, _sample(part or W), sample, "not the one that the adapter was trained on")
+
+
 def _check_same(name, here, there, what):
     """Raise ValueError if two samples of a weight differ by more than bfloat16's rounding."""
     if here is None or there is None:
@@ -268,6 +307,10 @@ def _check_same(name, here, there, what):
 def _sample(module):
     """A few values of the base's weight, or None: keeping an adapter must not fail for them."""
     try:
+        if isinstance(module, Tensor | LoRAExperts):
+            W = getattr(module, "original", module).detach()
+            W = module.unmerge_weights(W) if getattr(module, "merged", False) else W
+            return _spread(W.reshape(-1, W.shape[-1]))
         layer = module.linear if isinstance(module, LoRALinear) else module
         W = weight_of(layer) if is_quantized(layer) else full(stored(layer, "weight"))
         W = W.detach().T if is_conv1d(layer) else W.detach()
@@ -302,6 +345,7 @@ def _ends(model):
     whole = saved_modules(model)
     return {name: m for name, m in base_modules(model).items()
             if not any(part.isdigit() for part in name.split(".")) and not within(name, whole)
+            and not is_parametrized(m)
             and (isinstance(m, nn.Embedding) or is_linear(m) and not is_quantized(m))}
 
 

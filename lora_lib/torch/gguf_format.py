@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_lib.files import atomic
 from lora_lib.torch.gguf_tokenizer import tokenizer_fields
+from lora_lib.torch.experts import refuse_experts
 from lora_lib.torch.inject import check_bare, lora_modules, saved_modules
 from lora_lib.torch.linear import is_quantized
 
@@ -58,6 +59,7 @@ def save_gguf(model: nn.Module, path: str | os.PathLike, *, dtype: torch.dtype =
     if any(hasattr(p, "full_tensor") for p in model.parameters()):
         raise TypeError("the model is split over processes: save_adapter() there, then load the "
                         "adapter in one process")
+    refuse_experts(model, "save_gguf")
     layers = lora_modules(model)
     merged = {layer.merged for layer in layers.values()}
     if len(merged) > 1:

@@ -10,6 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim.swa_utils import AveragedModel
 
 from lora_lib.rules import check_rank
+from lora_lib.torch.experts import LoRAExperts, find_parameters, lora_experts, nested
 from lora_lib.torch.linear import (check_adaptable, check_writable, full, is_linear, is_quantized,
                                    shape_of, stored, weight_of)
 from lora_lib.torch.lora import LoRALinear, generator_of
@@ -17,7 +18,8 @@ from lora_lib.torch.peft_format import INNER
 
 
 def inject(model: nn.Module, target_modules: str | list[str], rank: int = 8, alpha: float = 16.0,
-           dropout: float = 0.0, *, exclude_modules: str | Collection[str] = (),
+           dropout: float = 0.0, *, target_parameters: Collection[str] = (),
+           exclude_modules: str | Collection[str] = (),
            modules_to_save: str | Collection[str] = (), seed=None, **options) -> nn.Module:
     """Put a LoRALinear in the place of every target and freeze all but the adapters.
 
@@ -27,8 +29,12 @@ def inject(model: nn.Module, target_modules: str | list[str], rank: int = 8, alp
     `model.get_output_embeddings()` gives, and except those that cannot have an adapter, of which a
     warning tells. `exclude_modules`, named in the same way, get none. `modules_to_save`, too, are
     named so: they are trained whole and saved with the adapters, such as a classifier's new head;
-    a target inside one gets no adapter. `seed` is LoRALayer's, and so are `options` (dtype, init_std, use_rslora). Returns the
-    same model; on an error it is as it was before.
+    a target inside one gets no adapter. `seed` is LoRALayer's, and so are `options` (dtype, init_std,
+    use_rslora). Returns the same model; on an error it is as it was before.
+
+    `target_parameters` lists parameters that belong to no layer, by their path or an end of it, such
+    as the experts' "mlp.experts.gate_up_proj": each becomes W + scaling B A for whoever reads it
+    (lora_lib.torch.experts). `target_modules` may then be []; there is no dropout.
 
     Raises ValueError when a name matches nothing (the nearest names are listed), when a target
     has an adapter already, when its weight, or one of a module to save, is tied to another
@@ -38,38 +44,48 @@ def inject(model: nn.Module, target_modules: str | list[str], rank: int = 8, alp
     check_bare(model)
     whole = find_targets(model, modules_to_save, "modules_to_save") if modules_to_save else []
     out = find_targets(model, exclude_modules, "exclude_modules") if exclude_modules else []
+    parameters = find_parameters(base_modules(model), target_parameters)
     names = [name for name in find_targets(model, target_modules)
-             if not within(name, {*whole, *out})]
-    if not names:
+             if not within(name, {*whole, *out})] if target_modules or not parameters else []
+    if not names and not parameters:
         raise ValueError(f"target_modules={target_modules!r} names only modules that "
                          f"modules_to_save={modules_to_save!r} trains whole"
                          + (f" or exclude_modules={out} leaves out" if out else ""))
     if target_modules == "all-linear":
         names = _adaptable(model, names, rank, {*whole, *saved_modules(model)})
-    plan = {name: (rank, alpha) for name in names}
-    return inject_each(model, plan, dropout, modules_to_save=whole, seed=seed, **options)
+    plan = {name: (rank, alpha) for name in [*names, *parameters]}
+    return inject_each(model, plan, dropout, parameters=parameters, modules_to_save=whole,
+                       seed=seed, **options)
 
 
 def inject_each(model: nn.Module, plan: dict[str, tuple[int, float]], dropout: float = 0.0, *,
+                parameters: Mapping[str, tuple[nn.Module, str]] = {},
                 modules_to_save: Collection[str] = (), seed=None, loading: bool = False,
                 **options) -> nn.Module:
-    """`inject` with a rank and an alpha of its own for each module path in `plan`.
+    """`inject` with a rank and an alpha of its own for each path in `plan`.
 
-    `modules_to_save` holds whole paths too. `loading` allows what PEFT's files may hold: ranks
+    A path is a module's, or one of `parameters` (find_parameters). `modules_to_save` holds whole paths too. `loading` allows what PEFT's files may hold: ranks
     above a layer's size, and an nn.MultiheadAttention's out_proj, which PEFT adapts in vain.
     """
     all_whole = {*modules_to_save, *saved_modules(model)}
     whole = [name for name in modules_to_save if not within(name, all_whole - {name})]
     owners = owners_of(model)
     for name in plan:
-        check_target(model, name, all_whole, owners, loading)
+        if name in parameters:
+            _check_parameter(model, name, parameters[name], {*all_whole, *plan}, owners, dropout)
+        else:
+            check_target(model, name, all_whole, owners, loading)
     for name in whole:
         _check_whole(model, name, owners, all_whole)
     seed = generator_of(seed)                      # one generator: each A is another draw
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    adapters = {}
+    adapters, experts = {}, {}
     try:
         for name, (rank, alpha) in plan.items():
+            if name in parameters:
+                experts[name] = LoRAExperts(*parameters[name], rank, alpha, seed=seed,
+                                            any_rank=loading, **options)
+                continue
             adapters[name] = LoRALinear(model.get_submodule(name), rank, alpha, dropout, seed=seed,
                                         any_rank=loading, **options)
         states = {name: model.get_submodule(name).state_dict()
@@ -83,6 +99,8 @@ def inject_each(model: nn.Module, plan: dict[str, tuple[int, float]], dropout: f
             raise type(error)(f"{name}: {error}") from error
         raise
     replace_modules(model, adapters)
+    for part in experts.values():
+        part.put()
     for name, state in before.items():
         # The marker of a module to save: what it was, for remove(). It is not in the state dict.
         model.get_submodule(name).before_lora = state
@@ -124,16 +142,28 @@ def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if "before_lora" in vars(m)}
 
 
+def all_adapters(model: nn.Module) -> dict[str, LoRALinear | LoRAExperts]:
+    """Every LoRALinear by its path, then every LoRAExperts by its parameter's."""
+    return lora_modules(model) | lora_experts(model)
+
+
+def shapes_of(layer: LoRALinear | LoRAExperts) -> dict[str, tuple[int, ...]]:
+    """The shapes that an adapter's A and B must have."""
+    lead = (layer.experts,) if isinstance(layer, LoRAExperts) else ()
+    return {"A": (*lead, layer.rank, layer.in_features),
+            "B": (*lead, layer.out_features, layer.rank)}
+
+
 def idle_adapters(model: nn.Module) -> list[str]:
     """After a backward pass: the adapters that are trained and got no gradient, by path."""
-    return [name for name, layer in lora_modules(model).items()
+    return [name for name, layer in all_adapters(model).items()
             if layer.A.grad is None and layer.B.grad is None
             and (layer.A.requires_grad or layer.B.requires_grad)]
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """A and B of every adapter, then the modules to save: what the optimizer gets."""
-    return [*(p for layer in lora_modules(model).values() for p in (layer.A, layer.B)),
+    return [*(p for layer in all_adapters(model).values() for p in (layer.A, layer.B)),
             *(p for module in saved_modules(model).values() for p in module.parameters())]
 
 
@@ -150,17 +180,19 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
             raise ValueError(f"{name or 'the model'} is wrapped in DistributedDataParallel, and "
                              "every process would write: pass its .module, in one process")
     bare = bare_path(model)
-    state = {}
-    for name, layer in lora_modules(model).items():
-        shapes = {"A": (layer.rank, layer.in_features), "B": (layer.out_features, layer.rank)}
-        for part, shape in shapes.items():
+    state, adapters = {}, all_adapters(model)
+    paths = nested(lora_experts(model), dict(model.named_modules()))
+    for name, layer in adapters.items():
+        for part, shape in shapes_of(layer).items():
             tensor = full(stored(layer, part).detach())
             if tuple(tensor.shape) != shape or tensor.is_meta:
                 raise ValueError(
                     f"{name}: {part} has shape {tuple(tensor.shape)} on {tensor.device}, expected "
                     f"{shape} with its values. Under FSDP 1 or ZeRO-3 gather the parameters first "
                     "(FSDP.summon_full_params, deepspeed.zero.GatheredParameters)")
-            state[f"{bare(name)}.lora_{part}.weight"] = tensor
+            if name in paths:
+                tensor = layer.to_file(part, tensor)
+            state[f"{bare(paths.get(name, name))}.lora_{part}.weight"] = tensor
     for name, module in saved_modules(model).items():
         state |= {f"{bare(name)}.{key}": full(t) for key, t in module.state_dict().items()}
     return {f"base_model.model.{key}": t for key, t in state.items()}
@@ -207,7 +239,7 @@ def merge(model: nn.Module, *, keep_adapters: bool = False) -> nn.Module:
     for layer in layers.values():
         layer.merge()
     if not keep_adapters:
-        replace_modules(model, {name: layer.linear for name, layer in layers.items()})
+        _take_out(model, layers)
         for module in saved_modules(model).values():
             del module.requires_grad_(False).before_lora
     return model
@@ -233,15 +265,25 @@ def remove(model: nn.Module) -> nn.Module:
     """
     layers = _adapted(model)
     _rehearse(layers, merged=False)
-    replace_modules(model, {name: layer.unmerge().linear for name, layer in layers.items()})
+    for layer in layers.values():
+        layer.unmerge()
+    _take_out(model, layers)
     for module in saved_modules(model).values():
         module.requires_grad_(False).load_state_dict(module.before_lora)
         del module.before_lora
     return model
 
 
+def _take_out(model, layers):
+    replace_modules(model, {name: layer.linear for name, layer in layers.items()
+                            if isinstance(layer, LoRALinear)})
+    for layer in layers.values():
+        if isinstance(layer, LoRAExperts):
+            layer.take_out()
+
+
 def _adapted(model):
-    layers = lora_modules(model)
+    layers = all_adapters(model)
     if not layers:
         raise ValueError("the model holds no LoRALinear; inject() adapters first "
                          "(merge() and remove() leave none behind)")
@@ -256,8 +298,10 @@ def _rehearse(layers, merged):
     for name, layer in layers.items():
         if layer.merged is not merged:
             try:
-                check_writable(layer.linear)
-                (layer.merge_weights if merged else layer.unmerge_weights)(weight_of(layer.linear))
+                if isinstance(layer, LoRALinear):
+                    check_writable(layer.linear)
+                W = layer.original if isinstance(layer, LoRAExperts) else weight_of(layer.linear)
+                (layer.merge_weights if merged else layer.unmerge_weights)(W)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
 
@@ -275,7 +319,8 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by its path, without the model itself and without an adapter's own parts."""
     layers = lora_modules(model)
     return {n: m for n, m in model.named_modules()
-            if n and not within(n.rpartition(".")[0], layers)}
+            if n and not within(n.rpartition(".")[0], layers)
+            and "parametrizations" not in n.split(".")}
 
 
 def within(name: str, paths: Collection[str]) -> bool:
@@ -357,9 +402,23 @@ def check_target(model: nn.Module, name: str, whole: Collection[str],
         _check_untied(name, [module.weight], owners, {name})
 
 
+def _check_parameter(model, name, held, others, owners, dropout):
+    path = name.rpartition(".")[0]
+    if within(path, others):
+        raise ValueError(f"{name}: {path}, or what it is in, has an adapter of its own or is "
+                         "trained whole (modules_to_save)")
+    if name in lora_experts(model):
+        raise ValueError(f"{name} has been adapted before; remove() or merge() it before another "
+                         "inject()")
+    if dropout:
+        raise ValueError(f"{name}: a parameter's adapter has no dropout, for it does not see the "
+                         f"inputs; expected dropout=0 with target_parameters, got {dropout}")
+    _check_untied(name, [getattr(*held)], owners, {path})
+
+
 def _check_whole(model, name, owners, whole):
     module = model.get_submodule(name)
-    if lora_modules(module) or saved_modules(module).keys() - {""}:
+    if all_adapters(module) or saved_modules(module).keys() - {""}:
         raise ValueError(f"{name} holds an adapter or a module to save already, and cannot be "
                          "trained whole (modules_to_save)")
     parameters = list(module.parameters())

@@ -22,11 +22,11 @@ KNOWN = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_n
          "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern",
          "alpha_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config",
          "corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "runtime_config",
-         "ensure_weight_tying"}
+         "ensure_weight_tying", "target_parameters"}
 
 # Those that change what the adapter computes and that this library has no code for.
 UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "trainable_token_indices",
-               "layer_replication", "target_parameters", "alora_invocation_tokens", "arrow_config",
+               "layer_replication", "alora_invocation_tokens", "arrow_config",
                "kasa_config", "monteclora_config")
 
 # Initializations of PEFT's that change the base's weights too: the adapter alone is not enough.
@@ -87,7 +87,8 @@ def read_config(file: Path) -> dict:
             if not fits(value):
                 raise ValueError(f"{file}: {key} and the values of {pattern} must be {what}, got "
                                  f"{_brief.repr(value)}")
-    for key, kinds in {"modules_to_save": list, "target_modules": (list, str),
+    for key, kinds in {"modules_to_save": list, "target_parameters": list,
+                       "target_modules": (list, str),
                        "exclude_modules": (list, str)}.items():
         value = config.get(key) or []
         if not isinstance(value, kinds) or not all(isinstance(v, str) for v in value):

@@ -22,7 +22,7 @@ REFUSED = {
     "lora_bias": "lora_bias = True", "use_dora": "use_dora = True",
     "target_modules, an embedding": "target_modules names model.embed_tokens, an nn.Embedding",
     "target_modules, a convolution": "projection.lora_A.weight (2, 3, 4, 4) is not the A or B",
-    "target_parameters": "target_parameters = ['down_proj.weight']",
+    "target_parameters": None,
     "trainable_token_indices": "trainable_token_indices = [1, 2]",
     "layer_replication": "layer_replication = [[0, 2], [1, 2]]",
     "modules_to_save, a tied weight": "lm_head shares its weight with another module",
