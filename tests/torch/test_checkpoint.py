@@ -458,6 +458,16 @@ def infinity(tensors):
     next(iter(tensors.values()))[-1, -1] = -float("inf")
 
 
+def too_large(tensors):
+    key = next(iter(tensors))
+    tensors[key] = tensors[key].double() * 1e300
+
+
+def under_two_names(tensors):
+    key = "base_model.model.block.fc.lora_A.weight"
+    tensors[key.replace("block.fc", "block._orig_mod.fc")] = tensors[key] * 2
+
+
 def without_a_B(tensors):
     del tensors["base_model.model.out.lora_B.weight"]
 
@@ -508,7 +518,8 @@ def target(request):
 
 class TestDamage:
     @pytest.mark.parametrize("change, message", [
-        (nan, "NaN or infinity"), (infinity, "NaN or infinity"), (without_a_B, "out has no lora_B"),
+        (nan, "NaN or infinity"), (infinity, "NaN or infinity"), (too_large, "large for float32"),
+        (under_two_names, "holds .*block.fc.lora_A.weight twice"), (without_a_B, "out has no lora_B"),
         (with_more, "lm_head.weight .* not the A or B"), (with_a_magnitude, "magnitude.* not the"),
         (with_another_prefix, "not the A or B"), (of_integers, "not the A or B"),
         (flat, "not the A or B"), (transposed, "have shapes"), (of_rank_3, r"have shapes \(3, 6\)"),
@@ -528,6 +539,8 @@ class TestDamage:
         ({"r": True}, ValueError, "must be an integer of at least 1, got True"),
         ({"lora_alpha": "16"}, ValueError, "must be a finite number, below 1e38, got '16'"),
         ({"lora_alpha": float("nan")}, ValueError, "a finite number.*got nan"),
+        ({"lora_alpha": 10**400}, ValueError, "too large|below 1e38|the file"),
+        ({"lora_alpha": True}, ValueError, "must be a finite number, below 1e38, got True"),
         ({"peft_type": None}, ValueError, "peft_type"),
         ({"rank_pattern": {"out": 3}}, ValueError, "out: .*have shapes|out: the model"),
         ({"rank_pattern": {"(": 3}}, ValueError, r"rank_pattern: '\(' is no regular expression"),
@@ -607,6 +620,20 @@ class TestDamage:
                     for i in range(0, len(whole), 3)]
         refused, loaded = self.sort_out(target, contents, saved / CONFIG, unchanged)
         assert len(refused) > 20 and loaded
+
+    @pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern"])
+    def test_a_regular_expression_without_end(self, saved, target, key, unchanged, monkeypatch):
+        monkeypatch.setattr("lora_lib.torch.peft_format.PATIENCE", 0.5)
+        monkeypatch.setattr(target, "block", nn.ModuleDict({"a" * 60: nn.Linear(6, 6)}))
+        edit(saved, **{key: {r"(\w+\.?)+!": 2} if "pattern" in key else r"(\w+\.?)+!"})
+        with unchanged(target), pytest.raises(ValueError, match="expressions take more than 0.5 s"):
+            load_adapter(target, saved)
+
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+    def test_stored_as_float8(self, saved, dtype):
+        rewrite(saved, lambda tensors: {key: t.to(dtype) for key, t in tensors.items()})
+        model = load_adapter(Toy(), saved)
+        assert torch.equal(model.out.B, adapted().out.B.to(dtype).float())
 
     @pytest.mark.parametrize("gone", [CONFIG, WEIGHTS, "."])
     def test_missing(self, saved, target, gone, unchanged):
