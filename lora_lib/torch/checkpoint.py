@@ -16,9 +16,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from lora_lib.files import atomic
 from lora_lib.torch.experts import (LoRAExperts, find_parameters, lora_experts, nested,
                                     shortest_names)
-from lora_lib.torch.inject import (all_adapters, bare_path, base_modules, check_bare, few, inject_each,
-                                   lora_modules, lora_state_dict, nearest, remove, saved_modules,
-                                   within)
+from lora_lib.torch.inject import (all_adapters, bare_path, base_modules, check_bare, few,
+                                   inject_each, lora_modules, lora_state_dict, nearest, remove,
+                                   saved_modules, within)
 from lora_lib.torch.linear import (full, is_conv1d, is_linear, is_quantized, shape_of, stored,
                                    weight_of)
 from lora_lib.torch.lora import LoRALinear

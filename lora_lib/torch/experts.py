@@ -35,7 +35,7 @@ class LoRAExperts(nn.Module):
                  seed: int | torch.Generator | None = None, dtype=None,
                  init_std: float | None = None, use_rslora: bool = False, any_rank: bool = False):
         super().__init__()
-        W = module._parameters[name]
+        W = module.get_parameter(name)
         transposed = W.ndim == 3 and bool(getattr(module, "is_transposed", False))
         _check(W, transposed)
         experts, d, k = W.shape if W.ndim == 3 else (1, *W.shape)
@@ -76,7 +76,7 @@ class LoRAExperts(nn.Module):
     def original(self) -> nn.Parameter:
         """The frozen parameter; once `merged`, with the update in it."""
         module, name = self.place
-        return module.parametrizations[name].original
+        return _parametrizations(module)[name].original  # type: ignore[return-value]
 
     @torch.no_grad()
     def merge_weights(self, W: Tensor) -> Tensor:
@@ -125,8 +125,8 @@ class LoRAExperts(nn.Module):
         module, name = self.place
         original, held = self.original, module._parameters
         _class_of_its_own(module, without=name)
-        del module.parametrizations[name]
-        if not module.parametrizations:
+        del _parametrizations(module)[name]
+        if not _parametrizations(module):
             del module.parametrizations
             module.__class__ = type(module).__bases__[0]
         module.register_parameter(name, original)
@@ -151,6 +151,10 @@ class LoRAExperts(nn.Module):
     def extra_repr(self) -> str:
         return (f"experts={self.experts}, in_features={self.in_features}, "
                 f"out_features={self.out_features}, rank={self.rank}, alpha={self.alpha}")
+
+
+def _parametrizations(module) -> nn.ModuleDict:
+    return module.parametrizations
 
 
 def _class_of_its_own(module, without=None):
@@ -188,18 +192,19 @@ def _check(W, transposed):
 
 
 def lora_experts(model: nn.Module, recurse: bool = True) -> dict[str, LoRAExperts]:
-    """Every LoRAExperts in the model, by the path of its parameter; or those of the module alone."""
+    """Every LoRAExperts in the model, by its parameter's path; or those of the module alone."""
     return {f"{path}.{name}" if path else name: part
             for path, module in (model.named_modules() if recurse else [("", model)])
             if parametrize.is_parametrized(module)
-            for name, parts in module.parametrizations.items()
-            for part in parts if isinstance(part, LoRAExperts)}
+            for name, parts in _parametrizations(module).items()
+            for part in parts.children() if isinstance(part, LoRAExperts)}
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
     """The names of the module's own parameters in the order in which it made them."""
     parts = lora_experts(module, recurse=False).values()
-    return next(iter(parts)).order if parts else tuple(module._parameters)
+    return next(iter(parts)).order if parts else tuple(
+        name for name, p in module._parameters.items() if p is not None)
 
 
 def refuse_experts(model: nn.Module, what: str) -> None:
@@ -222,13 +227,14 @@ def find_parameters(modules: dict[str, nn.Module],
         return {}
     every = {f"{path}.{name}": (module, name) for path, module in modules.items()
              if not isinstance(module, LoRALinear) for name in parameter_names(module)}
-    for target in target_parameters:
+    targets = set(target_parameters)             # a file may name one a million times
+    for target in targets:
         if not target or not any(_names(target, path) for path in every):
             close = difflib.get_close_matches(target, every, n=4, cutoff=0.3)
             raise ValueError(f"target_parameters: no parameter in the model is called {target!r}; "
                              f"the nearest are {close}")
     return {path: held for path, held in every.items()
-            if any(_names(target, path) for target in target_parameters)}
+            if any(_names(target, path) for target in targets)}
 
 
 def _names(target, path):

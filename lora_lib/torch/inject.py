@@ -29,12 +29,12 @@ def inject(model: nn.Module, target_modules: str | list[str], rank: int = 8, alp
     `model.get_output_embeddings()` gives, and except those that cannot have an adapter, of which a
     warning tells. `exclude_modules`, named in the same way, get none. `modules_to_save`, too, are
     named so: they are trained whole and saved with the adapters, such as a classifier's new head;
-    a target inside one gets no adapter. `seed` is LoRALayer's, and so are `options` (dtype, init_std,
-    use_rslora). Returns the same model; on an error it is as it was before.
+    a target inside one gets no adapter. `seed` is LoRALayer's, and so are `options` (dtype,
+    init_std, use_rslora). Returns the same model; on an error it is as it was before.
 
-    `target_parameters` lists parameters that belong to no layer, by their path or an end of it, such
-    as the experts' "mlp.experts.gate_up_proj": each becomes W + scaling B A for whoever reads it
-    (lora_lib.torch.experts). `target_modules` may then be []; there is no dropout.
+    `target_parameters` lists parameters that belong to no layer, by their path or an end of it,
+    such as the experts' "mlp.experts.gate_up_proj": each becomes W + scaling B A for whoever reads
+    it (lora_lib.torch.experts). `target_modules` may then be []; there is no dropout.
 
     Raises ValueError when a name matches nothing (the nearest names are listed), when a target
     has an adapter already, when its weight, or one of a module to save, is tied to another
@@ -64,8 +64,9 @@ def inject_each(model: nn.Module, plan: dict[str, tuple[int, float]], dropout: f
                 **options) -> nn.Module:
     """`inject` with a rank and an alpha of its own for each path in `plan`.
 
-    A path is a module's, or one of `parameters` (find_parameters). `modules_to_save` holds whole paths too. `loading` allows what PEFT's files may hold: ranks
-    above a layer's size, and an nn.MultiheadAttention's out_proj, which PEFT adapts in vain.
+    A path is a module's, or one of `parameters` (find_parameters). `modules_to_save` holds whole
+    paths too. `loading` allows what PEFT's files may hold: ranks above a layer's size, and an
+    nn.MultiheadAttention's out_proj, which PEFT adapts in vain.
     """
     all_whole = {*modules_to_save, *saved_modules(model)}
     whole = [name for name in modules_to_save if not within(name, all_whole - {name})]
