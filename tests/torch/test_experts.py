@@ -406,3 +406,19 @@ def test_in_16_bits_the_adapters_are_float32_and_the_experts_stay_as_they_are(tm
     save_adapter(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(moe().to(torch.bfloat16), tmp_path)
     assert torch.equal(logits(theirs), logits(model))
+
+
+def test_a_wrong_nesting_is_seen_by_peft(tmp_path):
+    """The planted fault: the first parameter outermost."""
+    model = randomize(inject(moe(), [], 3, target_parameters=BOTH))
+    save_adapter(model, tmp_path)
+    swapped = {}
+    for key, t in load_file(tmp_path / WEIGHTS).items():
+        key = key.replace(".base_layer", "") if ".base_layer" in key else \
+            key.replace("experts", "experts.base_layer")
+        swapped[key] = t
+    save_file(swapped, tmp_path / WEIGHTS)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(moe(), tmp_path)
+    with pytest.raises(ValueError, match="expected .* for 4 experts"):
+        load_adapter(moe(), tmp_path)
