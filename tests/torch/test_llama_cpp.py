@@ -1,5 +1,7 @@
 """SmolLM2 with a random adapter on all linear layers: llama.cpp's greedy answers and PyTorch's."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -140,3 +142,11 @@ def test_activations_rounded_to_eight_bits():
     whole = (x / step.clamp(min=1e-20)).round() * step           # the scale itself in float32
     torch.testing.assert_close(rounded, model(whole), rtol=0, atol=2e-3)
     assert 1e-4 < (rounded - exact).abs().max() < 0.05 and torch.equal(model(x), exact)
+
+
+def test_the_page_on_engines_has_the_run_s_figures():
+    from lora_lib.experiments.sweep import read
+    text = (Path(__file__).parents[2] / "book" / "engines.md").read_text("utf8")
+    rows = [line for line in text.splitlines() if line.endswith("` |") and " of " in line]
+    assert rows == [f"| {row['file']} | `{row['same']:g}` of `{row['requests']:g}` |"
+                    for row in read("llama_cpp")]
