@@ -170,7 +170,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *,
         if check_base and name not in parts and not within(name, whole):
             _check_same(name, _sample(module), samples.get(name), "neither in the file nor the one at "
                         "saving (a new head, new tokens: name it in modules_to_save to train)")
-    for name, t in copies.items():
+    for name, t in copies.items() if check_base else ():
         _check_same(name, _spread(t), _sample(_module(model, name)), "not the one in the file")
     if not present:
         dropout = config.get("lora_dropout", 0.0)
