@@ -9,7 +9,8 @@ from torch import cuda, nn
 
 from lora_lib.models import NAMES
 from lora_lib.torch import load_adapter, load_pretrained, lora_modules
-from lora_lib.torch.experts import lora_experts
+from lora_lib.torch.experts import LoRAExperts, lora_experts
+from lora_lib.torch.lora import LoRALinear
 from lora_lib.torch.peft_format import CONFIG, read_config
 
 
@@ -65,8 +66,10 @@ def load_adapted(folder: Path, base: str | None, device: str, strength: float = 
 def with_adapter(model: nn.Module, folder: Path, strength: float = 1.0) -> nn.Module:
     """Put the adapter, times `strength`, into its base. Raises what `load_adapter` does."""
     load_adapter(model, folder)
-    for layer in [*lora_modules(model).values(), *lora_experts(model).values()]:
-        layer.alpha, layer.scaling = layer.alpha * strength, layer.scaling * strength
+    parts: list[LoRALinear | LoRAExperts] = [*lora_modules(model).values(),
+                                             *lora_experts(model).values()]
+    for part in parts:
+        part.alpha, part.scaling = part.alpha * strength, part.scaling * strength
     return model.eval()
 
 

@@ -333,7 +333,12 @@ def _spread(W, count=8):
 
 def _embeddings(model):
     """The paths of the input and output embeddings of a model of transformers."""
-    found = [getattr(model, f"get_{kind}_embeddings", lambda: None)() for kind in ("input", "output")]
+    found = []
+    for kind in ("input", "output"):
+        try:
+            found.append(getattr(model, f"get_{kind}_embeddings", lambda: None)())
+        except NotImplementedError:              # a model of images or sound has none
+            pass
     return {name for name, m in base_modules(model).items() if any(m is f for f in found)}
 
 

@@ -62,6 +62,15 @@ def check_adaptable(module: nn.Module) -> None:
     if W.is_floating_point() and W.element_size() < 2:
         raise TypeError(f"the layer's weight is stored as {W.dtype}, without its scale no number: "
                         "dequantize it first, or quantize with lora_lib.torch.quantize")
+    if not (_is_known(module) or W.is_meta) and W.is_floating_point() and W.ndim == 2:
+        try:
+            theirs, plain = _tried(module)
+            alike = theirs.shape == plain.shape
+        except Exception:                        # it wants other arguments, or gives no tensor
+            alike = False
+        if not alike:
+            raise TypeError(f"a {type(module).__name__} does not turn x (..., in_features) into "
+                            "(..., out_features), as the adapter beside it does")
 
 
 @torch.no_grad()
@@ -80,14 +89,27 @@ def check_writable(module: nn.Module) -> None:
         raise ValueError(f"the weight is stored as {W.dtype}, {tuple(W.shape)}: split over "
                          "processes, or quantized by another library, which keeps a scale beside "
                          "it. Gather or dequantize it first")
-    if type(module).forward in (nn.Linear.forward, NonDynamicallyQuantizableLinear.forward) \
-            or is_conv1d(module):
+    if _is_known(module):
         return
-    x = torch.randn(4, W.shape[1], generator=torch.Generator().manual_seed(0)).to(W)
-    theirs, plain = module(x), F.linear(x, W, module.bias)
-    if not (theirs - plain).norm() <= max(1e-3, 8 * torch.finfo(W.dtype).eps) * plain.norm():
+    theirs, plain = _tried(module)
+    off = (theirs - plain).norm() / plain.norm()
+    if not off <= max(1e-3, 8 * torch.finfo(W.dtype).eps):
         raise ValueError(f"a {type(module).__name__} does not compute W x + b with the weight that "
                          "it holds: a merge would not be what the adapter does")
+
+
+@torch.no_grad()
+def _tried(module):
+    """What a layer of an unknown class makes of a few rows x (4, k), and x W^T + b."""
+    W = weight_of(module)
+    x = torch.randn(4, W.shape[1], generator=torch.Generator().manual_seed(0)).to(W)
+    return module(x), F.linear(x, W, module.bias)
+
+
+def _is_known(module):
+    """Whether the class computes x W^T + b; what a class of somebody's own does, nobody knows."""
+    return is_conv1d(module) or type(module).forward in (nn.Linear.forward,
+                                                         NonDynamicallyQuantizableLinear.forward)
 
 
 def place_of(module: nn.Module) -> torch.device:

@@ -133,7 +133,25 @@ def test_a_class_of_ones_own_is_merged_if_it_computes_the_same():
     torch.testing.assert_close(merge(model)(x), expected, rtol=1e-4, atol=1e-4)
 
 
+class Pair(nn.Linear):
+    """A router: it gives scores and choices."""
+
+    def forward(self, x):
+        scores = super().forward(x)
+        return scores, scores.argmax(-1)
+
+
+class Grouped(nn.Linear):
+    """Each half of the input has its own half of the rows."""
+
+    def forward(self, x):
+        halves = x.unflatten(-1, (2, -1)) @ self.weight.view(2, -1, self.in_features // 2).mT
+        return halves.flatten(-2)
+
+
 @pytest.mark.parametrize("make, message", [
+    (lambda: Pair(32, 24), "a Pair does not turn x"),
+    (lambda: Grouped(32, 24), "a Grouped does not turn x"),
     (lambda: nn.Linear(32, 24).to(torch.float8_e4m3fn), "stored as torch.float8_e4m3fn"),
     (lambda: nn.LazyLinear(24), "no weight before its first input"),
 ])
@@ -141,6 +159,22 @@ def test_what_cannot_be_adapted_is_refused_at_inject(make, message, unchanged):
     model = nn.Sequential(make())
     with pytest.raises(TypeError, match=f"^0: .*{message}"):
         inject(model, ["0"], rank=2)
+
+
+def test_all_linear_leaves_out_what_gives_no_such_output():
+    model = nn.Sequential(nn.Linear(32, 32), Pair(32, 24))
+    with pytest.warns(UserWarning, match="leaves out 1: .*a Pair does not turn x"):
+        assert [*lora_modules(inject(model, "all-linear", rank=2))] == ["0"]
+
+
+def test_a_model_without_embeddings(tmp_path):
+    """transformers raises NotImplementedError where a model of images is asked for them."""
+    class Images(Net):
+        def get_input_embeddings(self):
+            raise NotImplementedError
+
+    save_adapter(randomize(inject(Images(), ["0"], rank=2, seed=0)), tmp_path)
+    assert lora_modules(load_adapter(Images(), tmp_path))
 
 
 def test_two_parameters_in_one_place_of_memory_are_tied(unchanged):
