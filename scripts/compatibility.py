@@ -72,8 +72,8 @@ heads; they stand in the file's metadata, which PEFT ignores.
 HEADING = "## Every family"
 FAMILIES = HEADING + """
 
-A family is a package of `transformers.models`. Of the {all} that hold a model, {tried} were made
-tiny, with random weights, and taken through what follows; {whole} answer "yes" everywhere. Each
+A family is a package of `transformers.models`. Of the `{all}` that hold a model, `{tried}` were
+made tiny, with random weights, and taken through what follows; `{whole}` answer "yes" everywhere. Each
 answer holds for two choices of targets: "all-linear", and the two commonest names of its layers.
 Where only one of the two fails, the cell says which. `scripts/compatibility.py --families` runs it
 all; this is with peft {peft} and transformers {transformers}.
@@ -149,7 +149,7 @@ def run_families(names: list[str], processes: int) -> dict[str, str]:
     start, lines = time.perf_counter(), {}
     with get_context("spawn").Pool(processes, _quiet) as pool:
         for line in pool.imap_unordered(family_line, names):
-            name = line.split()[1]
+            name = line.split()[1].strip("`")
             lines[name] = line
             print(f"{len(lines)} of {len(names)}: {name}", file=sys.stderr, flush=True)
     print(f"{len(lines)} families in {(time.perf_counter() - start) / 60:.1f} minutes")
@@ -167,7 +167,7 @@ def families_part(lines: dict[str, str]) -> str:
     tried = {name: line for name, line in lines.items() if was_tried(line)}
     kinds = Counter(line.split(" | ")[2] for line in tried.values())
     return FAMILIES.format(
-        all=len(lines), tried=len(tried), kinds=", ".join(f"{kinds[k]} {k}" for k in sorted(kinds)),
+        all=len(lines), tried=len(tried), kinds=", ".join(f"`{kinds[k]}` {k}" for k in sorted(kinds)),
         whole=sum(line.endswith(" | yes" * len(ANSWERS) + " |") for line in tried.values()),
         peft=version("peft"), transformers=version("transformers"),
         table="\n".join([table("family", "class", "kind", "inputs", *ANSWERS, rows=[]),
@@ -179,7 +179,7 @@ def families_part(lines: dict[str, str]) -> str:
 def family_lines(page: str) -> dict[str, str]:
     """The lines of the page's two tables of families, by name."""
     return {found[1]: found[0] for found in
-            re.finditer(r"^\| (?!family)(\w+) \| .*$", page.partition(HEADING)[2], re.MULTILINE)}
+            re.finditer(r"^\| `(\w+)` \| .*$", page.partition(HEADING)[2], re.MULTILINE)}
 
 
 def was_tried(line: str) -> bool:
@@ -189,9 +189,9 @@ def was_tried(line: str) -> bool:
 def family_row(name: str, answers: dict[str, str]) -> list[str]:
     """One line of the families' tables."""
     if "not tried" in answers:
-        return [name, f"`{answers['not tried']}`"]
+        return [f"`{name}`", f"`{answers['not tried']}`"]
     inputs = ", ".join(f"`{key}`" for key in answers["inputs"].split(", "))
-    return [name, f"`{answers['class']}`", answers["modality"], inputs,
+    return [f"`{name}`", f"`{answers['class']}`", answers["modality"], inputs,
             *(answers[column] if answers[column] in ("yes", "-") else
               f"`{answers[column]}`" if column == "gradient" else f"no: `{answers[column]}`"
               for column in ANSWERS)]

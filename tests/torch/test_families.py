@@ -29,7 +29,8 @@ def test_a_row_of_the_page_is_what_its_family_gives(family):
 @same_versions
 def test_no_family_is_dropped():
     assert sorted(LINES) == tiny.families()
-    assert compatibility.family_line("rag") == LINES["rag"] == "| rag | `no Auto class has a model of it` |"
+    assert compatibility.family_line("rag") == LINES["rag"] == \
+        "| `rag` | `no Auto class has a model of it` |"
 
 
 def test_the_page_holds_many_families_of_each_kind():
@@ -38,7 +39,7 @@ def test_the_page_holds_many_families_of_each_kind():
 
 
 def test_a_line_that_is_another_is_shown():
-    line = "| llama | `LlamaForCausalLM` | yes |"
+    line = "| `llama` | `LlamaForCausalLM` | yes |"
     lines = compatibility.family_lines(f"{compatibility.HEADING}\n{line}\n")
     assert lines == {"llama": line} and compatibility.changed(lines, lines) == []
     other = {"llama": line.replace("yes", "no")}
