@@ -99,8 +99,9 @@ def _without_code(text: str) -> str:
 
 
 def wording_faults(text: str) -> list[str]:
-    """Words of praise in a text."""
-    return [f"says {match.group()!r}: say what was seen instead" for match in _HYPE.finditer(text)]
+    """Words of praise in a text; names in code, such as a model's, are no praise."""
+    words = re.sub("`[^`\n]*`", "", text)
+    return [f"says {match.group()!r}: say what was seen instead" for match in _HYPE.finditer(words)]
 
 
 def figure_faults(notebook: dict) -> list[str]:
