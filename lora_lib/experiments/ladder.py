@@ -110,9 +110,9 @@ class Count(TorchDispatchMode):
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
             a, b = args[-2:]
             self.work.flops[f"{kind(a, b)} {name_of(a)}"] += 2 * a.shape[0] * b.numel()
-        elif not func.is_view:
-            tensors = [t for t in (*args, out) if isinstance(t, Tensor)]
-            tensors += [t for arg in args if isinstance(arg, list) for t in arg]     # cat's
+        elif not (func.is_view or func.overloadpacket is torch.ops.aten.new_empty):
+            lists = [t for arg in args if isinstance(arg, list) for t in arg]        # cat's
+            tensors = [t for t in (*args, out, *lists) if isinstance(t, Tensor)]
             self.work.bytes += sum(t.nbytes for t in tensors)
         return out
 

@@ -13,7 +13,7 @@ def test_the_blocks_of_the_page_run_in_order(tmp_path, monkeypatch, capsys):
     pytest.importorskip("gguf")
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf8"), re.DOTALL)
     whole = [block for block in blocks if "\n...\n" not in block]   # FSDP, a large file
-    assert len(whole) == len(blocks) - 2 == 4
+    assert len(whole) == len(blocks) - 2 == 5
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}
     for block in whole:
