@@ -73,9 +73,9 @@ HEADING = "## Every family"
 FAMILIES = HEADING + """
 
 A family is a package of `transformers.models`. Of the `{all}` that hold a model, `{tried}` were
-made tiny, with random weights, and taken through what follows; `{whole}` answer "yes" everywhere. Each
-answer holds for two choices of targets: "all-linear", and the two commonest names of its layers.
-Where only one of the two fails, the cell says which. `scripts/compatibility.py --families` runs it
+made tiny, with random weights, and taken through what follows; `{whole}` answer "yes" everywhere.
+Each answer holds for two choices of targets: "all-linear", and the two commonest names of its
+layers. Where only one of the two fails, the cell says which. `scripts/compatibility.py --families` runs it
 all; this is with peft {peft} and transformers {transformers}.
 By what they take they are {kinds}.
 
@@ -167,7 +167,8 @@ def families_part(lines: dict[str, str]) -> str:
     tried = {name: line for name, line in lines.items() if was_tried(line)}
     kinds = Counter(line.split(" | ")[2] for line in tried.values())
     return FAMILIES.format(
-        all=len(lines), tried=len(tried), kinds=", ".join(f"`{kinds[k]}` {k}" for k in sorted(kinds)),
+        all=len(lines), tried=len(tried),
+        kinds=", ".join(f"`{kinds[k]}` {k}" for k in sorted(kinds)),
         whole=sum(line.endswith(" | yes" * len(ANSWERS) + " |") for line in tried.values()),
         peft=version("peft"), transformers=version("transformers"),
         table="\n".join([table("family", "class", "kind", "inputs", *ANSWERS, rows=[]),
