@@ -76,7 +76,8 @@ A family is a package of `transformers.models`. Of the `{all}` that hold a model
 made tiny, with random weights, and taken through what follows; `{whole}` answer "yes" everywhere.
 Each answer holds for two choices of targets: "all-linear", and the two commonest names of its
 layers. Where only one of the two fails, the cell says which.
-`scripts/compatibility.py --families` runs it all; this is with peft {peft} and transformers {transformers}.
+`scripts/compatibility.py --families` runs it all;
+this is with peft {peft} and transformers {transformers}.
 By what they take they are {kinds}.
 
 - **training step**: forward, backward and a step of SGD in training mode, which in-place operations
