@@ -8,9 +8,8 @@ from torch import device as torch_device
 from torch import cuda, nn
 
 from lora_lib.models import NAMES
-from lora_lib.torch import load_adapter, load_pretrained, lora_modules
-from lora_lib.torch.experts import LoRAExperts, lora_experts
-from lora_lib.torch.lora import LoRALinear
+from lora_lib.torch import load_adapter, load_pretrained
+from lora_lib.torch.inject import all_adapters
 from lora_lib.torch.peft_format import CONFIG, read_config
 
 
@@ -66,9 +65,7 @@ def load_adapted(folder: Path, base: str | None, device: str, strength: float = 
 def with_adapter(model: nn.Module, folder: Path, strength: float = 1.0) -> nn.Module:
     """Put the adapter, times `strength`, into its base. Raises what `load_adapter` does."""
     load_adapter(model, folder)
-    parts: list[LoRALinear | LoRAExperts] = [*lora_modules(model).values(),
-                                             *lora_experts(model).values()]
-    for part in parts:
+    for part in all_adapters(model).values():
         part.alpha, part.scaling = part.alpha * strength, part.scaling * strength
     return model.eval()
 

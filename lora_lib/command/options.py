@@ -171,7 +171,7 @@ def _tune(tune):
                           "memory, the step is the same (default: all)")
     training.add_argument("--checkpointing", action="store_true",
                           help="keep each block's input alone and compute the rest again: still "
-                          "less memory, a third more time")
+                          "less memory, more time")
     training.add_argument("--length", type=_whole(2), default=1024, metavar="N",
                           help="the most tokens of a row; what is longer is cut off and counted "
                           "(default: 1024)")

@@ -1,6 +1,6 @@
 """Ask llama.cpp, by the package xllamacpp: what does it answer with a GGUF file?
 
-    python -m lora_lib.experiments.llama_cpp      ten minutes on one core
+    python -m lora_lib.experiments.llama_cpp      some minutes on one core
 
 trains an adapter on tool calls, answers requests of the test in PyTorch, and counts the files with
 which llama.cpp answers the same. Both bases hold the same numbers. But beside weights in four bits

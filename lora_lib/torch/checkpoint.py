@@ -102,10 +102,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *,
     if any(hasattr(p, "full_tensor") for p in model.parameters()) and torch.distributed.get_rank():
         return path
     path.mkdir(parents=True, exist_ok=True)
-    with atomic(path / WEIGHTS) as weights, atomic(path / CONFIG) as settings:
+    with atomic(path / WEIGHTS) as weights, atomic(path / CONFIG) as written:
         save_file(tensors, weights, {"format": "pt", "lora_lib_base": samples,
                                      "lora_lib_sha256": digest(tensors, samples)})
-        settings.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        written.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return path
 
 

@@ -124,7 +124,7 @@ def _forward(x, W, bias, A, B, scaling):
 def _expand(x, W, bias, B, u):
     """y (..., d): memory of its own and no view, since what follows may work in place (a ReLU)."""
     y = None if x.ndim == 2 else x.new_empty(*x.shape[:-1], len(W))
-    rows = y if y is None else _rows(y)
+    rows = None if y is None else _rows(y)
     rows = torch.mm(u, B.t(), out=rows) if bias is None else torch.addmm(bias, u, B.t(), out=rows)
     torch.addmm(rows, _rows(x), W.t(), out=rows)
     return rows if y is None else y

@@ -52,7 +52,7 @@ def inject(model: nn.Module, target_modules: str | list[str], rank: int = 8, alp
                          f"modules_to_save={modules_to_save!r} trains whole"
                          + (f" or exclude_modules={out} leaves out" if out else ""))
     if target_modules == "all-linear":
-        names = _adaptable(model, names, rank, {*whole, *saved_modules(model)})
+        names = adaptable(model, names, rank, {*whole, *saved_modules(model)})
     plan = {name: (rank, alpha) for name in [*names, *parameters]}
     return inject_each(model, plan, dropout, parameters=parameters, modules_to_save=whole,
                        seed=seed, **options)
@@ -111,7 +111,7 @@ def inject_each(model: nn.Module, plan: dict[str, tuple[int, float]], dropout: f
     return model
 
 
-def _adaptable(model, names, rank, whole):
+def adaptable(model: nn.Module, names: list[str], rank: int, whole: Collection[str]) -> list[str]:
     """Those of "all-linear" that can have an adapter; a warning tells of the others, and why."""
     owners, reasons = owners_of(model), {}
     for name in names:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lib.torch.inject import (_adaptable, check_target, find_targets, owners_of,
+from lora_lib.torch.inject import (adaptable, check_target, find_targets, owners_of,
                                    replace_modules, saved_modules)
 from lora_lib.torch.linear import is_linear, is_quantized, shape_of, weight_of
 from lora_lib.torch.lora import LoRALinear
@@ -204,7 +204,7 @@ def quantize(model: nn.Module, target_modules: str | list[str] = "all-linear", b
         if isinstance(model.get_submodule(name), LoRALinear):
             raise ValueError(f"{name} has an adapter: quantize() the base first, then inject()")
     if target_modules == "all-linear":
-        names = _adaptable(model, names, 1, saved_modules(model))
+        names = adaptable(model, names, 1, saved_modules(model))
     for name in names:
         linear = model.get_submodule(name)
         check_target(model, name, saved_modules(model), owners)

@@ -38,7 +38,6 @@ PREFIX = "base_model.model."
 # Lightning's Fabric.
 INNER = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
 
-
 # Bytes of settings, and of a header beyond its tensors' own: a hundred times what adapters have.
 # A file made to harm could else fill the memory.
 LARGEST = {CONFIG: 2**23, WEIGHTS: 12 * 2**20}
