@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lora_lib.torch.checkpoint import load_adapter, save_adapter
 from lora_lib.torch.experts import refuse_experts
-from lora_lib.torch.inject import (few, inject, lora_modules, lora_state_dict, remove,
-                                   replace_modules, saved_modules)
-from lora_lib.torch.linear import weight_of, write_weight
+from lora_lib.torch.inject import (few, inject, lora_modules, lora_state_dict, parts_of,
+                                   remove, replace_modules, saved_modules)
 from lora_lib.torch.lora import LoRALinear
+from lora_lib.torch.tokens import token_rows
 
 Selection = str | Mapping[str, float] | None
 
@@ -47,9 +47,10 @@ class Adapters:
         if present is None and layers:
             raise ValueError(f"the model holds an adapter already, in {few(layers)}; give it a "
                              "name, Adapters(model, present=...), or remove(model) it")
-        if whole := saved_modules(model):
-            raise ValueError(f"the model trains modules whole, {few(whole)} (modules_to_save), of "
-                             "which several adapters on one base cannot each have their own")
+        if whole := saved_modules(model) | token_rows(model):
+            raise ValueError(f"the model trains {few(whole)} whole, or rows of it "
+                             "(modules_to_save, trainable_token_indices), of which several "
+                             "adapters on one base cannot each have their own")
         if present is not None and (not layers or "" in layers):
             raise ValueError(f"present={present!r}, but the model holds no LoRALinear with a path")
         self.model = model
@@ -103,7 +104,7 @@ class Adapters:
         """A weighted sum as an adapter of its own, which can be trained, saved and summed."""
         weights = self._weights(selection, "combine")
         self._adapters[_new_name(name, self.names)] = layers = self._modules(weights, copies=True)
-        for p in chain.from_iterable((layer.A, layer.B) for layer in layers.values()):
+        for p in chain.from_iterable(map(parts_of, layers.values())):
             p.requires_grad_(True)
 
     def remove(self, name: str) -> None:
@@ -141,7 +142,7 @@ class Adapters:
             self._originals[path] = {key: t.to("cpu", copy=True)
                                      for key, t in _tensors(layer.linear).items()}
             try:
-                write_weight(layer.linear, layer.merge_weights(weight_of(layer.linear)))
+                layer.write(1)
             except Exception as error:
                 self._restore()
                 self._force(*before)
@@ -269,11 +270,11 @@ class Adapters:
                 except ValueError:
                     remove(self.model)
                     raise
-                if whole := saved_modules(self.model):
+                if whole := saved_modules(self.model) | token_rows(self.model):
                     remove(self.model)                   # gives them their values back
-                    raise ValueError(f"adapter {name!r} trains modules whole, {few(whole)} "
-                                     "(modules_to_save), of which a base has but one; "
-                                     "use load_adapter() on a base of its own")
+                    raise ValueError(f"adapter {name!r} trains {few(whole)} whole, or rows of it "
+                                     "(modules_to_save, trainable_token_indices), of which a base "
+                                     "has but one; use load_adapter() on a base of its own")
                 self._adapters[name] = lora_modules(self.model)
             finally:
                 self._put({})
@@ -292,6 +293,10 @@ def _sum(terms: list[tuple[float, LoRALinear]]) -> LoRALinear:
         A, B = (torch.eye(k, **place), B @ A) if k <= d else (B @ A, torch.eye(d, **place))
     layer = LoRALinear(linear, rank=len(A), alpha=len(A), seed=0, dtype=dtype)   # scaling 1
     layer.A, layer.B = (nn.Parameter(t, requires_grad=False) for t in (A, B))
+    biases = [w * part.scaling * part.B_bias.to(**place) for w, part in terms
+              if part.B_bias is not None]
+    if biases:
+        layer.B_bias = nn.Parameter(torch.stack(biases).sum(0), requires_grad=False)
     return layer
 
 

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_lib.torch.experts import LoRAExperts
-from lora_lib.torch.inject import all_adapters, idle_adapters, saved_modules, shapes_of
+from lora_lib.torch.inject import (all_adapters, has_bias, idle_adapters, lora_parameters,
+                                   parts_of, shapes_of)
 from lora_lib.torch.linear import full, weight_of
 from lora_lib.torch.lora import LoRALinear
+from lora_lib.torch.tokens import token_rows
 
 STAGES = ("start", "train", "serve")
 SMALL = (torch.float16, torch.bfloat16)
@@ -136,15 +138,17 @@ def check(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *,
     if unknown := set(allow) - set(MESSAGES):
         raise ValueError(f"allow must hold codes of {list(MESSAGES)}, got {sorted(unknown)}")
     layers = all_adapters(model)
-    own = {id(p) for layer in layers.values() for p in (layer.A, layer.B)}
+    rows = token_rows(model)
+    own = {id(p) for p in lora_parameters(model)}
     found = _Found()
     if not layers and stage != "serve":
         found.add("no adapter", type(model).__name__)
     sound = {name: layer for name, layer in layers.items() if _sound(name, layer, found)}
-    whole = tuple(f"{name}." for name in saved_modules(model))
     other = {name: p for name, p in model.named_parameters()
-             if id(p) not in own and not name.startswith(whole)
-             and not any(fnmatchcase(name, pattern) for pattern in also_trained)}
+             if id(p) not in own and not any(fnmatchcase(name, pattern) for pattern in also_trained)}
+    for name, part in rows.items():
+        found.add("not finite", name, not torch.isfinite(part.rows).all())
+        found.add("unmerged", name, stage == "serve" and not part.merged)
     for name, layer in sound.items():
         zero_A, zero_B = (not bool(t.any()) for t in (layer.A, layer.B))
         found.add("both zero", name, zero_A and zero_B)
@@ -156,9 +160,9 @@ def check(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *,
             dropping = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
             found.add("training mode", name, dropping and module.training)
     else:
-        _check_training(model, layers, other, optimizer, found)
+        _check_training(model, layers, rows, other, optimizer, found)
     if base is not None:
-        _check_base(layers, sound, other, base, found)
+        _check_base(layers, rows, sound, other, base, found)
     if data is not None:
         from lora_lib.tuning.data_check import check_data    # a room that stands on this one
         check_data(data, model, tokenizer or getattr(model, "tokenizer", None), found)
@@ -174,18 +178,19 @@ class _Found(dict):
 
 def _sound(name, layer, found):
     """Whether A and B can be multiplied at all."""
-    right = {part: tuple(getattr(layer, part).shape) for part in "AB"} == shapes_of(layer)
-    finite = bool(torch.isfinite(layer.A).all() and torch.isfinite(layer.B).all())
+    shapes = shapes_of(layer)
+    right = {part: tuple(getattr(layer, part).shape) for part in shapes} == shapes
+    finite = all(bool(torch.isfinite(p).all()) for p in parts_of(layer))
     found.add("shape", name, not right)
     found.add("not finite", name, not finite)
     return right and finite
 
 
-def _check_training(model, layers, other, optimizer, found):
+def _check_training(model, layers, rows, other, optimizer, found):
     for name, p in other.items():
         found.add("base trainable", name, p.requires_grad)
-    for name, layer in layers.items():
-        parts = (layer.A, layer.B)
+    for name, layer in (layers | rows).items():
+        parts = [layer.rows] if name in rows else parts_of(layer)
         found.add("adapter frozen", name, not all(p.requires_grad for p in parts))
         found.add("16-bit adapter", name, any(p.requires_grad and p.dtype in SMALL for p in parts))
         found.add("merged", name, layer.merged)
@@ -221,28 +226,35 @@ def _new_heads(model, layers):
             yield name
 
 
-def _check_base(layers, sound, other, base, found):
+def _check_base(layers, rows, sound, other, base, found):
     if isinstance(base, nn.Module):
         within = all_adapters(base)
+        within |= token_rows(base)
         base = {_plain(name, within): p for name, p in base.named_parameters()}
     for name, p in other.items():
-        plain = _plain(name, layers)
+        plain = _plain(name, layers | rows)
         if plain not in base or base[plain].shape != p.shape:
             raise ValueError(f"base must have {plain} of shape {tuple(p.shape)}, got "
                              f"{tuple(base[plain].shape) if plain in base else 'none of that name'}")
         path, _, leaf = plain.rpartition(".")
         path = plain if plain in layers else path
         if plain != name and (leaf == "weight" or plain in layers):
-            if path in sound:
+            if path in rows:
+                here, there = (_others(W, rows[path].tokens) for W in (p, base[plain]))
+                found.add("base changed", name, not _same(here, there, p.dtype))
+            elif path in sound:
                 _check_merge(path, layers[path], base[plain], found)
         else:
-            found.add("base changed", name, not _same(p, base[plain], p.dtype))
+            expected, layer = base[plain], layers.get(path)
+            if leaf == "bias" and layer and layer.merged and has_bias(layer):
+                expected = expected + layer.scaling * layer.B_bias
+            found.add("base changed", name, not _same(p, expected, p.dtype))
 
 
 def _plain(name, layers):
     """The parameter's name without what its adapter brought: ".linear", or a parametrization."""
     bare = name.replace(".parametrizations.", ".").removesuffix(".original")
-    if bare in layers:
+    if bare in layers or bare != name and bare.rpartition(".")[0] in layers:
         return bare
     path, _, leaf = name.rpartition(".")
     path = path.removesuffix(".linear") if path.removesuffix(".linear") in layers else path
@@ -265,6 +277,11 @@ def _check_merge(name, layer: LoRALinear | LoRAExperts, original, found):
             found.add(code, name, code is not None)
             return
     found.add("merged wrong" if layer.merged else "base changed", name)
+
+
+def _others(W, tokens):
+    """The rows of W that are not trained."""
+    return W.detach().index_fill(0, tokens.to(W.device), 0)
 
 
 def _same(one, other, dtype):

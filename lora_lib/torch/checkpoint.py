@@ -10,20 +10,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch import nn
 
 from lora_lib.files import atomic
-from lora_lib.torch.experts import (LoRAExperts, find_parameters, lora_experts, nested,
-                                    shortest_names)
-from lora_lib.torch.inject import (all_adapters, bare_path, base_modules, check_bare, few,
+from lora_lib.torch.experts import find_parameters, lora_experts, nested, shortest_names
+from lora_lib.torch.inject import (all_adapters, bare_path, base_modules, check_bare, few, has_bias,
                                    inject_each, lora_modules, lora_state_dict, nearest, remove,
                                    saved_modules, within)
-from lora_lib.torch.linear import (full, is_conv1d, is_linear, is_quantized, shape_of, stored,
-                                   weight_of)
+from lora_lib.torch.linear import is_conv1d, is_linear, shape_of
 from lora_lib.torch.lora import LoRALinear
-from lora_lib.torch.peft_format import (CONFIG, WEIGHTS, check_patterns, digest, names_module,
-                                        read_config, read_weights, settings, sort)
+from lora_lib.torch.peft_format import (CONFIG, HALVES, PREFIX, WEIGHTS, check_patterns, digest,
+                                        names_module, read_config, read_weights, settings, sort)
+from lora_lib.torch.samples import check_same, embeddings, ends, sample, sample_rows, spread
+from lora_lib.torch.tokens import (find_rows, frozen_weight, named_for_peft, saved_rows,
+                                   token_rows)
 
 # Modules that PEFT trains whole, and looks for in the file, under a task_type of their own.
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"),
@@ -93,10 +93,16 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *,
         "fan_in_fan_out": any(is_conv1d(layer.linear) for layer in
                               lora_modules(model).values()),
         "init_lora_weights": True,
+        "lora_bias": _one("lora_bias", {has_bias(layer) for layer in layers.values()}),
         "modules_to_save": _whole(model, task_type) or None,
+        "trainable_token_indices": _tokens(model) or None,
     }
-    samples = {name: _sample(layer) for name, layer in layers.items()}
-    samples |= {bare(name): _sample(module) for name, module in _ends(model).items()}
+    samples = {name: sample(layer) for name, layer in layers.items()}
+    samples |= {bare(name): sample(module) for name, module in ends(model).items()}
+    for name, part in token_rows(model).items():
+        W = part.original
+        samples[bare(name)] = sample_rows(W, dict(zip(part.tokens.tolist(), part.rows.detach())))
+        samples[f"{bare(name)}.rows"] = [len(W)]
     samples = json.dumps(samples)
     path = Path(path)
     if any(hasattr(p, "full_tensor") for p in model.parameters()) and torch.distributed.get_rank():
@@ -120,6 +126,8 @@ def _fold(tensors, layers):
             B = (B.double() * (layer.scaling / scaling)).to(B.dtype)
         tensors[key.format("A")] = F.pad(A, (0, 0, 0, more))
         tensors[key.format("B")] = F.pad(B, (0, more))
+        if has_bias(layer):
+            tensors[f"{PREFIX}{name}.{HALVES['B_bias']}"] *= layer.scaling / scaling
     return rank, _plain(scaling * rank)
 
 
@@ -134,7 +142,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *,
     `check_base` compares a few values of the base's weights with those that `save_adapter` noted,
     to the precision of bfloat16, and refuses a base that the adapter was not trained on: another
     model, or one with a new classifier's head of its own, or with other rows for new tokens.
-    Embeddings in PEFT's files, kept since there are new tokens, become modules to save.
+    Embeddings in PEFT's files, kept since there are new tokens, become modules to save. Rows of
+    tokens (trainable_token_indices) need a model that has these rows; it may have more.
 
     Raises FileNotFoundError for a missing file; ValueError for a corrupt one, a setting that is
     not supported, a wrong shape, a NaN, or a base that does not fit; TypeError for a setting of
@@ -143,39 +152,48 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *,
     path = Path(path)
     config, (tensors, samples) = read_config(path / CONFIG), read_weights(path / WEIGHTS)
     check_bare(model)
-    parts, whole, copies = sort(tensors, config, path / WEIGHTS, _embeddings(model))
+    held = sort(tensors, config, path / WEIGHTS, embeddings(model))
+    parts, copies = held.parts, held.copies
     modules, targets = base_modules(model), config.get("target_parameters") or ()
-    parameters = find_parameters(modules, targets)
+    parameters = find_parameters(modules, targets, loading=True)
     keys = nested(parameters, modules)
     if lost := [name for name, key in keys.items() if key not in parts]:
         raise ValueError(f"target_parameters names {few(lost)}, for which the file holds nothing: "
                          "is it another base?")
-    held = {name: parts.pop(key) for name, key in keys.items()}
-    parts, whole = _by_own_path(model, parts) | held, _by_own_path(model, whole)
+    experts = {name: parts.pop(key) for name, key in keys.items()}
+    parts, whole = _by_own_path(model, parts) | experts, _by_own_path(model, held.whole)
+    tokens = find_rows(model, modules, config.get("trainable_token_indices") or ())
+    rows = _rows(model, tokens, _by_own_path(model, held.rows), path / WEIGHTS)
     check_patterns(config, {*base_modules(model), *parts}, path / CONFIG)
     ranks = settings(config, "r", "rank_pattern", parts)
     alphas = settings(config, "lora_alpha", "alpha_pattern", parts)
     plan = {name: (ranks[name], alphas[name]) for name in parts}
     rslora = bool(config.get("use_rslora", False))
+    biased = bool(config.get("lora_bias", False))
     present = all_adapters(model)
     if present:
-        _check_present(present, plan, rslora, {*saved_modules(model)} ^ {*whole})
-    for name, (A, B) in parts.items():
+        _check_present(present, plan, rslora, biased, {*saved_modules(model)} ^ {*whole})
+        _check_present_rows(token_rows(model), tokens)
+    for name, part in parts.items():
         check = _check_parameter if name in parameters else _check_fit
-        check(model, name, A, B, plan[name][0], samples.get(name) if check_base else None)
+        check(model, name, part, plan[name][0], samples.get(name) if check_base else None)
     for name, state in whole.items():
         _check_whole(model, name, state)
     _check_complete(model, config, {*parts, *whole})
-    for name, module in _ends(model).items():
-        if check_base and name not in parts and not within(name, whole):
-            _check_same(name, _sample(module), samples.get(name), "neither in the file nor the one at "
-                        "saving (a new head, new tokens: name it in modules_to_save to train)")
+    for name in rows if check_base else ():
+        _check_rest(model, name, tokens[name], rows[name], samples)
+    for name, module in ends(model).items():
+        if check_base and name not in {*parts, *rows} and not within(name, whole):
+            check_same(name, sample(module), samples.get(name), "neither in the file nor the one at "
+                       "saving (a new head: name it in modules_to_save to train; new tokens: in "
+                       "trainable_token_indices)")
     for name, t in copies.items() if check_base else ():
-        _check_same(name, _spread(t), _sample(_module(model, name)), "not the one in the file")
+        check_same(name, spread(t), sample(_module(model, name)), "not the one in the file")
     if not present:
         dropout = config.get("lora_dropout", 0.0)
         inject_each(model, plan, dropout, parameters=parameters, modules_to_save=whole,
-                    use_rslora=rslora, loading=True)
+                    rows=tokens, use_rslora=rslora, loading=True,
+                    **({"lora_bias": True} if biased else {}))
     layers = all_adapters(model)
     if gone := [name for name, layer in layers.items() if layer.A.is_meta]:
         if not present:
@@ -184,16 +202,19 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *,
                          "the base's weights first")
     with torch.no_grad():
         for name, layer in layers.items():
-            A, B = parts[name]
-            A, B = layer.from_file(A, B) if name in parameters else (A, B)
-            layer.A.copy_(A)
-            layer.B.copy_(B)
+            part = parts[name]
+            if name in parameters:
+                part = dict(zip("AB", layer.from_file(part["A"], part["B"])))
+            for half, t in part.items():
+                getattr(layer, half).copy_(t)
+        for name, rows_here in token_rows(model).items():
+            rows_here.rows.copy_(rows[name])
     for name, state in whole.items():
         model.get_submodule(name).load_state_dict(state)
     return model
 
 
-def _check_present(present, plan, rslora, whole):
+def _check_present(present, plan, rslora, biased, whole):
     if differ := {*present} ^ {*plan} | whole:
         raise ValueError("the model's adapters and modules to save and the file's differ in "
                          f"{sorted(differ)}; remove() the model's first")
@@ -207,6 +228,51 @@ def _check_present(present, plan, rslora, whole):
             raise ValueError(
                 f"{name}: the model has (rank, alpha, use_rslora) = "
                 f"{(layer.rank, layer.alpha, layer.use_rslora)}, the file {(*plan[name], rslora)}")
+        if has_bias(layer) != biased:
+            raise ValueError(f"{name}: the model has lora_bias={has_bias(layer)}, the file {biased}")
+
+
+def _rows(model, tokens, found, file):
+    """The rows in the file by the paths in `tokens`: of one weight the file may hold them twice."""
+    names = {id(frozen_weight(model.get_submodule(name))): name for name in tokens}
+    rows = {}
+    for path, t in found.items():
+        W = frozen_weight(_module(model, path))
+        name = names.get(id(W))
+        if name is None:
+            raise ValueError(f"{file} holds rows of {path}, which the configuration's "
+                             "trainable_token_indices does not name")
+        if t.shape != (len(tokens[name]), W.shape[-1]):
+            raise ValueError(f"{path}: the trained rows have shape {tuple(t.shape)}, expected "
+                             f"{(len(tokens[name]), W.shape[-1])}")
+        if not torch.equal(rows.setdefault(name, t), t):
+            raise ValueError(f"{name} and {path} share one weight, and the file has other rows for "
+                             "each")
+    for name in tokens:
+        if lacking := [path for path in named_for_peft(model, name) if path not in found]:
+            raise ValueError(f"{file} holds no rows of {lacking[0]}, to which its "
+                             "trainable_token_indices apply in this model")
+    return rows
+
+
+def _check_present_rows(present, tokens):
+    if {name: part.tokens.tolist() for name, part in present.items()} != tokens:
+        raise ValueError(f"the model has trained rows of {[*present]} and the file of {[*tokens]}, or "
+                         "of other tokens; remove() the model's first")
+    if merged := [name for name, part in present.items() if part.merged]:
+        raise ValueError(f"{merged[0]}: the rows in the model are merged; unmerge() them first")
+
+
+def _check_rest(model, name, tokens, values, samples):
+    """The embedding's other rows are the base's; the model may have more of them than the file."""
+    W, count = frozen_weight(model.get_submodule(name)), samples.get(f"{name}.rows")
+    if not count or W.ndim != 2:
+        return                                   # PEFT's file, or TokenRows says what is wrong
+    if len(W) < count[0]:
+        raise ValueError(f"{name}: the weight has {len(W)} rows, expected {count[0]}: call "
+                         "model.resize_token_embeddings() as was done for the training")
+    here = sample_rows(W[:int(count[0])], dict(zip(tokens, values)))
+    check_same(name, here, samples.get(name), "not the one that the rows were trained in")
 
 
 def _module(model, name):
@@ -239,7 +305,7 @@ def _check_whole(model, name, state):
     for key in sorted(expected.keys() | found):
         if expected.get(key) != found.get(key):
             hint = ("; call model.resize_token_embeddings() as was done for the training"
-                    if name in _embeddings(model) else "")
+                    if name in embeddings(model) else "")
             raise ValueError(f"modules_to_save: {name}.{key} has shape {found.get(key)} in the "
                              f"file, expected {expected.get(key)}{hint}")
         t, like = state[key], there[key]
@@ -263,23 +329,24 @@ def _check_complete(model, config, found):
                          f"file holds nothing, such as {more[0]}: is it another base?")
 
 
-def _check_fit(model, name, A, B, rank, sample):
+def _check_fit(model, name, part, rank, noted):
     module = _module(model, name)
     adapted = isinstance(module, LoRALinear)
     if not (adapted or is_linear(module)):
         return                                   # inject_each says what is wrong with it
     out_features, in_features = shape_of(module.linear if adapted else module)
-    expected = (rank, in_features), (out_features, rank)
-    if (tuple(A.shape), tuple(B.shape)) != expected:
-        raise ValueError(f"{name}: A and B have shapes {tuple(A.shape)} and {tuple(B.shape)}, "
-                         f"expected {expected[0]} and {expected[1]}")
-    _check_same(name, _sample(module), sample, "not the one that the adapter was trained on")
+    expected = (rank, in_features), (out_features, rank), (out_features,)
+    A, B, *bias = (tuple(t.shape) for t in part.values())
+    if (A, B, *bias) != expected[:len(part)]:
+        raise ValueError(f"{name}: A and B have shapes {A} and {B}, expected {expected[0]} and "
+                         f"{expected[1]}" + (f"; B's bias {bias[0]}, {expected[2]}" if bias else ""))
+    check_same(name, sample(module), noted, "not the one that the adapter was trained on")
 
 
-def _check_parameter(model, name, A, B, rank, sample):
+def _check_parameter(model, name, part, rank, noted):
     path, _, leaf = name.rpartition(".")
-    module, part = model.get_submodule(path), lora_experts(model).get(name)
-    W = part.original if part else module._parameters[leaf]
+    module, adapter = model.get_submodule(path), lora_experts(model).get(name)
+    W = adapter.original if adapter else module._parameters[leaf]
     if W.ndim not in (2, 3):
         return                                   # LoRAExperts says what is wrong with it
     experts = len(W) if W.ndim == 3 else 1
@@ -287,71 +354,11 @@ def _check_parameter(model, name, A, B, rank, sample):
     if W.ndim == 3 and getattr(module, "is_transposed", False):
         d, k = k, d
     expected = (rank * experts, k), (d, rank * experts)
-    if (tuple(A.shape), tuple(B.shape)) != expected:
-        raise ValueError(f"{name}: A and B have shapes {tuple(A.shape)} and {tuple(B.shape)}, "
-                         f"expected {expected[0]} and {expected[1]} for {experts} experts")
-    _check_same(name, _sample(part or W), sample, "not the one that the adapter was trained on")
-
-
-def _check_same(name, here, there, what):
-    """Raise ValueError if two samples of a weight differ by more than bfloat16's rounding."""
-    if here is None or there is None:
-        return
-    here, there = torch.tensor(here), torch.tensor(there)
-    if here.shape != there.shape or not torch.allclose(
-            here, there, rtol=2**-7, atol=1e-3 * float(there.abs().max())):
-        raise ValueError(f"{name}: the weight is {what}; load the right base, or pass "
-                         "check_base=False if you mean it")
-
-
-def _sample(module):
-    """A few values of the base's weight, or None: keeping an adapter must not fail for them."""
-    try:
-        if isinstance(module, Tensor | LoRAExperts):
-            W = getattr(module, "original", module).detach()
-            W = module.unmerge_weights(W) if getattr(module, "merged", False) else W
-            return _spread(W.reshape(-1, W.shape[-1]))
-        layer = module.linear if isinstance(module, LoRALinear) else module
-        W = weight_of(layer) if is_quantized(layer) else full(stored(layer, "weight"))
-        W = W.detach().T if is_conv1d(layer) else W.detach()
-        if getattr(module, "merged", False):
-            W = module.unmerge_weights(W)
-        return _spread(W)
-    except Exception:                            # a class of tensor that nobody here knows
-        return None
-
-
-def _spread(W, count=8):
-    """`count` values, spread evenly over a matrix; None where there are no plain numbers."""
-    if W.is_meta or not W.numel() or not W.is_floating_point():
-        return None
-    rows, columns = zip(*(divmod(i * (W.numel() - 1) // (count - 1), W.shape[1])
-                          for i in range(count)))
-    values = W[list(rows), list(columns)].float()
-    return values.tolist() if torch.isfinite(values).all() else None
-
-
-def _embeddings(model):
-    """The paths of the input and output embeddings of a model of transformers."""
-    found = []
-    for kind in ("input", "output"):
-        try:
-            found.append(getattr(model, f"get_{kind}_embeddings", lambda: None)())
-        except NotImplementedError:              # a model of images or sound has none
-            pass
-    return {name for name, m in base_modules(model).items() if any(m is f for f in found)}
-
-
-def _ends(model):
-    """Embeddings, and linear layers outside the numbered blocks, without an adapter, by path.
-
-    They are where a model is not its base: rows for new tokens, a new head.
-    """
-    whole = saved_modules(model)
-    return {name: m for name, m in base_modules(model).items()
-            if not any(part.isdigit() for part in name.split(".")) and not within(name, whole)
-            and not is_parametrized(m)
-            and (isinstance(m, nn.Embedding) or is_linear(m) and not is_quantized(m))}
+    A, B, *bias = (tuple(t.shape) for t in part.values())
+    if (A, B, *bias) != expected:
+        raise ValueError(f"{name}: A and B have shapes {A} and {B}, expected {expected[0]} and "
+                         f"{expected[1]} for {experts} experts" + (", without a bias" if bias else ""))
+    check_same(name, sample(adapter or W), noted, "not the one that the adapter was trained on")
 
 
 def _targets(model, layers):
@@ -389,6 +396,16 @@ def _whole(model, task_type):
                          f"module whose path ends in one of {ends}: name those in modules_to_save "
                          "too" + (", or leave task_type out" if task_type in HEADS else ""))
     return names
+
+
+def _tokens(model):
+    """{path: tokens}, as PEFT's setting. In it each path stands for all that end so."""
+    bare = bare_path(model)
+    found = {bare(name): part.tokens.tolist() for name, part in saved_rows(model).items()}
+    if more := [n for n in map(bare, base_modules(model))
+                if n not in found and n.endswith((*found,))]:
+        raise ValueError(f"PEFT would train rows of {more[0]} too, whose path ends in the same")
+    return found
 
 
 def _commonest(values):

@@ -113,9 +113,7 @@ class LoRAExperts(nn.Module):
         """Make the module's parameter W + scaling * B A, computed once per call of the module."""
         module, name = self.place
         self.train(module.training)
-        if parametrize.is_parametrized(module):
-            _class_of_its_own(module)
-        parametrize.register_parametrization(module, name, self, unsafe=True)
+        parametrized(module, name, self)
         if _begin not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_begin)
             module.register_forward_hook(_end, always_call=True)
@@ -123,16 +121,7 @@ class LoRAExperts(nn.Module):
     def take_out(self) -> None:
         """The module as it was, with the parameter as it is now, in its old place in the order."""
         module, name = self.place
-        original, held = self.original, module._parameters
-        _class_of_its_own(module, without=name)
-        del _parametrizations(module)[name]
-        if not _parametrizations(module):
-            del module.parametrizations
-            module.__class__ = type(module).__bases__[0]
-        module.register_parameter(name, original)
-        for leaf in self.order:
-            if leaf in held:
-                held[leaf] = held.pop(leaf)
+        plain(module, name, self.order)
         if not lora_experts(module, recurse=False):
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key in [key for key, hook in hooks.items() if hook in (_begin, _end)]:
@@ -155,6 +144,27 @@ class LoRAExperts(nn.Module):
 
 def _parametrizations(module) -> nn.ModuleDict:
     return module.parametrizations
+
+
+def parametrized(module: nn.Module, name: str, part: nn.Module) -> None:
+    """Make the module's parameter `part(parameter)` for whoever reads it."""
+    if parametrize.is_parametrized(module):
+        _class_of_its_own(module)
+    parametrize.register_parametrization(module, name, part, unsafe=True)
+
+
+def plain(module: nn.Module, name: str, order: tuple[str, ...]) -> None:
+    """The reverse of `parametrized`; the parameters in the order of the names in `order`."""
+    original, held = _parametrizations(module)[name].original, module._parameters
+    _class_of_its_own(module, without=name)
+    del _parametrizations(module)[name]
+    if not _parametrizations(module):
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+    module.register_parameter(name, original)  # type: ignore[arg-type]
+    for leaf in order:
+        if leaf in held:
+            held[leaf] = held.pop(leaf)
 
 
 def _class_of_its_own(module, without=None):
@@ -215,10 +225,12 @@ def refuse_experts(model: nn.Module, what: str) -> None:
 
 
 def find_parameters(modules: dict[str, nn.Module],
-                    target_parameters: Collection[str]) -> dict[str, tuple[nn.Module, str]]:
+                    target_parameters: Collection[str], loading: bool = False,
+                    ) -> dict[str, tuple[nn.Module, str]]:
     """{path: (module, name)} of the parameters whose path is a target or ends in one.
 
-    Raises TypeError unless the targets are a list of names, ValueError for one that names nothing.
+    Raises TypeError unless the targets are a list of names; ValueError for one that names nothing,
+    but not when `loading`: PEFT writes what it looked for, and some of it may not be there.
     """
     if isinstance(target_parameters, str) or not isinstance(target_parameters, Collection) \
             or not all(isinstance(t, str) for t in target_parameters):
@@ -229,7 +241,7 @@ def find_parameters(modules: dict[str, nn.Module],
              if not isinstance(module, LoRALinear) for name in parameter_names(module)}
     targets = set(target_parameters)             # a file may name one a million times
     for target in targets:
-        if not target or not any(_names(target, path) for path in every):
+        if not target or not loading and not any(_names(target, path) for path in every):
             close = difflib.get_close_matches(target, every, n=4, cutoff=0.3)
             raise ValueError(f"target_parameters: no parameter in the model is called {target!r}; "
                              f"the nearest are {close}")

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from lora_lib.files import atomic
 from lora_lib.torch.gguf_tokenizer import tokenizer_fields
 from lora_lib.torch.experts import refuse_experts
-from lora_lib.torch.inject import check_bare, lora_modules, saved_modules
+from lora_lib.torch.inject import check_bare, has_bias, lora_modules, saved_modules
 from lora_lib.torch.linear import is_quantized
+from lora_lib.torch.tokens import token_rows
 
 # The class in transformers: GGUF's name for it, and whether q and k are kept with pairs together.
 # Rope turns pairs of rows in every head of q and k. transformers pairs row i with row i + half;
@@ -128,9 +129,12 @@ def _head_dim(config):
 def _adapter(writer, model, layers, names, paired):
     """The adapter's fields go to `writer`; its tensors by GGUF's names, A (r, k) and B (d, r)."""
     import gguf
-    if whole := list(saved_modules(model)):
-        raise ValueError(f"an adapter file has no place for modules trained whole, {whole}: "
-                         "merge(model), then save_gguf(model, ...) writes them all")
+    if whole := [*saved_modules(model), *token_rows(model)]:
+        raise ValueError("an adapter file has no place for modules trained whole, or rows of them, "
+                         f"{whole}: merge(model), then save_gguf(model, ...) writes them all")
+    if biased := [name for name, layer in layers.items() if has_bias(layer)]:
+        raise ValueError(f"{biased[0]}: an adapter file has no place for a bias of B (lora_bias): "
+                         "merge(model), then save_gguf(model, ...)")
     # The alpha with which llama.cpp's alpha / rank is the layer's scaling; zero would mean "off".
     alphas = {name: layer.scaling * layer.rank for name, layer in layers.items()}
     alpha = next((a for a, _ in Counter(alphas.values()).most_common() if a), 1.0)

@@ -4,6 +4,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from typing import TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -11,16 +12,20 @@ from torch.optim.swa_utils import AveragedModel
 
 from lora_lib.rules import check_rank
 from lora_lib.torch.experts import LoRAExperts, find_parameters, lora_experts, nested
-from lora_lib.torch.linear import (check_adaptable, check_writable, full, is_linear, is_quantized,
-                                   shape_of, stored, weight_of)
+from lora_lib.torch.linear import (check_adaptable, full, is_linear, is_quantized, shape_of,
+                                   stored)
 from lora_lib.torch.lora import LoRALinear, generator_of
-from lora_lib.torch.peft_format import INNER
+from lora_lib.torch.peft_format import HALVES, INNER, ROWS
+from lora_lib.torch.tokens import (TokenIndices, TokenRows, find_rows, saved_rows, token_rows)
+
+Adapter: TypeAlias = LoRALinear | LoRAExperts
 
 
 def inject(model: nn.Module, target_modules: str | list[str], rank: int = 8, alpha: float = 16.0,
            dropout: float = 0.0, *, target_parameters: Collection[str] = (),
            exclude_modules: str | Collection[str] = (),
-           modules_to_save: str | Collection[str] = (), seed=None, **options) -> nn.Module:
+           modules_to_save: str | Collection[str] = (),
+           trainable_token_indices: TokenIndices = (), seed=None, **options) -> nn.Module:
     """Put a LoRALinear in the place of every target and freeze all but the adapters.
 
     `target_modules` is what PEFT takes: a list of names, each matching a module of that name or
@@ -30,21 +35,27 @@ def inject(model: nn.Module, target_modules: str | list[str], rank: int = 8, alp
     warning tells. `exclude_modules`, named in the same way, get none. `modules_to_save`, too, are
     named so: they are trained whole and saved with the adapters, such as a classifier's new head;
     a target inside one gets no adapter. `seed` is LoRALayer's, and so are `options` (dtype,
-    init_std, use_rslora). Returns the same model; on an error it is as it was before.
+    init_std, use_rslora; LoRALinear's lora_bias). Returns the same model; on an error it is as it
+    was before.
 
     `target_parameters` lists parameters that belong to no layer, by their path or an end of it,
     such as the experts' "mlp.experts.gate_up_proj": each becomes W + scaling B A for whoever reads
     it (lora_lib.torch.experts). `target_modules` may then be []; there is no dropout.
 
+    `trainable_token_indices` lists tokens, such as new ones, whose rows of the input embedding are
+    trained too and saved with the adapters, and no other row (lora_lib.torch.tokens); or it gives
+    {name of an embedding, or of the head: tokens}. A head that is tied to the embedding keeps to it.
+
     Raises ValueError when a name matches nothing (the nearest names are listed), when a target
     has an adapter already, when its weight, or one of a module to save, is tied to another
-    module's, or for a rank, alpha, or dropout that cannot be; TypeError when a target is not an
+    module's, for a token without a row, or for a rank, alpha, or dropout that cannot be; TypeError when a target is not an
     nn.Linear, or its weight is computed, or a module to save has nothing to train.
     """
     check_bare(model)
     whole = find_targets(model, modules_to_save, "modules_to_save") if modules_to_save else []
     out = find_targets(model, exclude_modules, "exclude_modules") if exclude_modules else []
     parameters = find_parameters(base_modules(model), target_parameters)
+    rows = find_rows(model, base_modules(model), trainable_token_indices)
     names = [name for name in find_targets(model, target_modules)
              if not within(name, {*whole, *out})] if target_modules or not parameters else []
     if not names and not parameters:
@@ -55,17 +66,18 @@ def inject(model: nn.Module, target_modules: str | list[str], rank: int = 8, alp
         names = adaptable(model, names, rank, {*whole, *saved_modules(model)})
     plan = {name: (rank, alpha) for name in [*names, *parameters]}
     return inject_each(model, plan, dropout, parameters=parameters, modules_to_save=whole,
-                       seed=seed, **options)
+                       rows=rows, seed=seed, **options)
 
 
 def inject_each(model: nn.Module, plan: dict[str, tuple[int, float]], dropout: float = 0.0, *,
                 parameters: Mapping[str, tuple[nn.Module, str]] = {},
-                modules_to_save: Collection[str] = (), seed=None, loading: bool = False,
+                modules_to_save: Collection[str] = (),
+                rows: Mapping[str, Collection[int]] = {}, seed=None, loading: bool = False,
                 **options) -> nn.Module:
     """`inject` with a rank and an alpha of its own for each path in `plan`.
 
     A path is a module's, or one of `parameters` (find_parameters). `modules_to_save` holds whole
-    paths too. `loading` allows what PEFT's files may hold: ranks above a layer's size, and an
+    paths too, `rows` the tokens of each path (find_rows). `loading` allows what PEFT's files may hold: ranks above a layer's size, and an
     nn.MultiheadAttention's out_proj, which PEFT adapts in vain.
     """
     all_whole = {*modules_to_save, *saved_modules(model)}
@@ -73,22 +85,29 @@ def inject_each(model: nn.Module, plan: dict[str, tuple[int, float]], dropout: f
     owners = owners_of(model)
     for name in plan:
         if name in parameters:
-            _check_parameter(model, name, parameters[name], {*all_whole, *plan}, owners, dropout)
+            _check_parameter(model, name, parameters[name], {*all_whole, *plan}, owners, dropout,
+                             options)
         else:
             check_target(model, name, all_whole, owners, loading)
     for name in whole:
         _check_whole(model, name, owners, all_whole)
+    for name in rows:
+        _check_rows(model, name, {*all_whole, *plan})
+    without_bias = {key: value for key, value in options.items() if key != "lora_bias"}
     seed = generator_of(seed)                      # one generator: each A is another draw
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    adapters, experts = {}, {}
+    adapters, experts, tokens = {}, {}, []
     try:
         for name, (rank, alpha) in plan.items():
             if name in parameters:
                 experts[name] = LoRAExperts(*parameters[name], rank, alpha, seed=seed,
-                                            any_rank=loading, **options)
+                                            any_rank=loading, **without_bias)
                 continue
             adapters[name] = LoRALinear(model.get_submodule(name), rank, alpha, dropout, seed=seed,
                                         any_rank=loading, **options)
+        for name, indices in rows.items():
+            tokens.append(TokenRows(_sharers(model, name, owners), indices,
+                                    dtype=options.get("dtype")))
         states = {name: model.get_submodule(name).state_dict()
                   for name in whole if name not in saved_modules(model)}
         before = {name: {key: t.clone() for key, t in state.items()}
@@ -100,7 +119,7 @@ def inject_each(model: nn.Module, plan: dict[str, tuple[int, float]], dropout: f
             raise type(error)(f"{name}: {error}") from error
         raise
     replace_modules(model, adapters)
-    for part in experts.values():
+    for part in [*experts.values(), *tokens]:
         part.put()
     for name, state in before.items():
         # The marker of a module to save: what it was, for remove(). It is not in the state dict.
@@ -143,16 +162,27 @@ def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if "before_lora" in vars(m)}
 
 
-def all_adapters(model: nn.Module) -> dict[str, LoRALinear | LoRAExperts]:
+def all_adapters(model: nn.Module) -> dict[str, Adapter]:
     """Every LoRALinear by its path, then every LoRAExperts by its parameter's."""
     return lora_modules(model) | lora_experts(model)
 
 
-def shapes_of(layer: LoRALinear | LoRAExperts) -> dict[str, tuple[int, ...]]:
-    """The shapes that an adapter's A and B must have."""
+def shapes_of(layer: Adapter) -> dict[str, tuple[int, ...]]:
+    """The shapes that an adapter's A and B must have, and its B_bias if there is one."""
     lead = (layer.experts,) if isinstance(layer, LoRAExperts) else ()
-    return {"A": (*lead, layer.rank, layer.in_features),
-            "B": (*lead, layer.out_features, layer.rank)}
+    shapes: dict[str, tuple[int, ...]] = {"A": (*lead, layer.rank, layer.in_features),
+                                          "B": (*lead, layer.out_features, layer.rank)}
+    return shapes | ({"B_bias": (layer.out_features,)} if has_bias(layer) else {})
+
+
+def has_bias(layer: Adapter) -> bool:
+    """Whether the adapter's B has a bias (lora_bias)."""
+    return getattr(layer, "B_bias", None) is not None
+
+
+def parts_of(layer: Adapter) -> list[nn.Parameter]:
+    """What of an adapter is trained: A, B, and B_bias if there is one."""
+    return [getattr(layer, part) for part in shapes_of(layer)]
 
 
 def idle_adapters(model: nn.Module) -> list[str]:
@@ -163,13 +193,15 @@ def idle_adapters(model: nn.Module) -> list[str]:
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """A and B of every adapter, then the modules to save: what the optimizer gets."""
-    return [*(p for layer in all_adapters(model).values() for p in (layer.A, layer.B)),
+    """A and B of every adapter, the rows of tokens, then the modules to save: what the optimizer
+    gets."""
+    return [*(p for layer in all_adapters(model).values() for p in parts_of(layer)),
+            *(part.rows for part in token_rows(model).values()),
             *(p for module in saved_modules(model).values() for p in module.parameters())]
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A and B of every adapter, and the modules to save, under PEFT's names for its files.
+    """A and B of every adapter, trained rows and modules to save, under PEFT's names for its files.
 
     In a model that FSDP 2 has split, every process must call this, and gets whole tensors. The
     names that wrappers put into paths (torch.compile, DataParallel, checkpoint_wrapper) are left
@@ -193,7 +225,9 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
                     "(FSDP.summon_full_params, deepspeed.zero.GatheredParameters)")
             if name in paths:
                 tensor = layer.to_file(part, tensor)
-            state[f"{bare(paths.get(name, name))}.lora_{part}.weight"] = tensor
+            state[f"{bare(paths.get(name, name))}.{HALVES[part]}"] = tensor
+    for name, rows in saved_rows(model).items():
+        state[f"{bare(name)}.{ROWS}"] = full(rows.rows.detach())
     for name, module in saved_modules(model).items():
         state |= {f"{bare(name)}.{key}": full(t) for key, t in module.state_dict().items()}
     return {f"base_model.model.{key}": t for key, t in state.items()}
@@ -279,12 +313,12 @@ def _take_out(model, layers):
     replace_modules(model, {name: layer.linear for name, layer in layers.items()
                             if isinstance(layer, LoRALinear)})
     for layer in layers.values():
-        if isinstance(layer, LoRAExperts):
+        if not isinstance(layer, LoRALinear):
             layer.take_out()
 
 
 def _adapted(model):
-    layers = all_adapters(model)
+    layers = all_adapters(model) | token_rows(model)
     if not layers:
         raise ValueError("the model holds no LoRALinear; inject() adapters first "
                          "(merge() and remove() leave none behind)")
@@ -300,9 +334,11 @@ def _rehearse(layers, merged):
         if layer.merged is not merged:
             try:
                 if isinstance(layer, LoRALinear):
-                    check_writable(layer.linear)
-                W = layer.original if isinstance(layer, LoRAExperts) else weight_of(layer.linear)
-                (layer.merge_weights if merged else layer.unmerge_weights)(W)
+                    layer.sums(1 if merged else -1)
+                elif isinstance(layer, TokenRows):
+                    layer.check_finite()
+                else:
+                    (layer.merge_weights if merged else layer.unmerge_weights)(layer.original)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
 
@@ -403,7 +439,26 @@ def check_target(model: nn.Module, name: str, whole: Collection[str],
         _check_untied(name, [module.weight], owners, {name})
 
 
-def _check_parameter(model, name, held, others, owners, dropout):
+def _check_rows(model, name, others):
+    if within(name, others) or f"{name}.weight" in others:
+        raise ValueError(f"{name} has an adapter or is trained whole (modules_to_save), and cannot "
+                         "have trained rows (trainable_token_indices) beside it")
+    if name in token_rows(model):
+        raise ValueError(f"{name} has trained rows already; remove() or merge() them before another "
+                         "inject()")
+
+
+def _sharers(model, name, owners):
+    """The module, and those that share its weight: a head tied to the embedding."""
+    module = model.get_submodule(name)
+    paths = [path for path, _ in owners.get(_place(getattr(module, "weight", None)), [])]
+    if odd := [path for path in paths if path.rpartition(".")[2] != "weight"]:
+        raise ValueError(f"its weight is {odd[0]} too, which is not read as a weight")
+    held = [model.get_submodule(path.rpartition(".")[0]) for path in paths]
+    return [module, *{id(m): m for m in held if m is not module}.values()]
+
+
+def _check_parameter(model, name, held, others, owners, dropout, options):
     path = name.rpartition(".")[0]
     if within(path, others):
         raise ValueError(f"{name}: {path}, or what it is in, has an adapter of its own or is "
@@ -414,6 +469,9 @@ def _check_parameter(model, name, held, others, owners, dropout):
     if dropout:
         raise ValueError(f"{name}: a parameter's adapter has no dropout, for it does not see the "
                          f"inputs; expected dropout=0 with target_parameters, got {dropout}")
+    if options.get("lora_bias"):
+        raise ValueError(f"{name}: a parameter's adapter has no bias; expected lora_bias=False with "
+                         "target_parameters")
     _check_untied(name, [getattr(*held)], owners, {path})
 
 

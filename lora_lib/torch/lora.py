@@ -118,6 +118,8 @@ class LoRALinear(LoRALayer):
     It is kept as it is (its weight is shared, not copied) and frozen. A and B live on its device,
     in `dtype`: by default the weight's, or float32 beside a 16-bit or quantized weight, where small
     steps would round to nothing. `dropout` acts on the adapter's input, while training.
+    `lora_bias` gives B a bias `B_bias` (d,), zeros at first: scaling * B_bias is added to the
+    output, and to the layer's own bias by `merge`, which raises ValueError where there is none.
     Raises TypeError if `linear` is none of these, computes its weight (a parametrization,
     weight_norm: merging could not write there), stores it as float8 or as another library's
     tensor, or is sharded already (inject, then fully_shard).
@@ -125,7 +127,7 @@ class LoRALinear(LoRALayer):
     """
 
     def __init__(self, linear: nn.Module, rank: int = 8, alpha: float = 16.0,
-                 dropout: float = 0.0, *, dtype=None, **options):
+                 dropout: float = 0.0, *, dtype=None, lora_bias: bool = False, **options):
         check_adaptable(linear)
         dropout = check_dropout(dropout)
         W = weight_of(linear)
@@ -133,6 +135,9 @@ class LoRALinear(LoRALayer):
         out_features, in_features = shape_of(linear)
         super().__init__(in_features, out_features, rank, alpha, dtype=dtype,
                          device=place_of(linear), **options)
+        self.B_bias: nn.Parameter | None
+        self.register_parameter("B_bias", nn.Parameter(torch.zeros_like(self.B[:, 0]))
+                                if lora_bias else None)
         self.linear = linear.requires_grad_(False)
         self.dropout = nn.Dropout(dropout)
         self.merged = False
@@ -147,9 +152,18 @@ class LoRALinear(LoRALayer):
             return lora_linear(x, *parts)
         return self.linear(x) + self.update(self.dropout(x))
 
+    def update(self, x: Tensor) -> Tensor:
+        """The adapter's own path, scaling * (B (A x) + B_bias), in x's dtype."""
+        y = super().update(x)
+        return y if self.B_bias is None else y + (self.scaling * self.B_bias).to(y.dtype)
+
+    def num_parameters(self) -> int:
+        """r (d + k), and d with `lora_bias`: how many numbers are trained."""
+        return super().num_parameters() + (0 if self.B_bias is None else len(self.B_bias))
+
     def _fast_parts(self, x):
         """lora_linear's arguments, or None where it would not do what forward must."""
-        if self.training and self.dropout.p > 0:
+        if self.training and self.dropout.p > 0 or self.B_bias is not None:
             return None
         parts = fast_parts(self.linear, x)
         return parts and (*parts, self.A, self.B, self.scaling)
@@ -157,18 +171,39 @@ class LoRALinear(LoRALayer):
     def merge(self) -> "LoRALinear":
         """Fold the update into the weight, in place. Merging a merged layer changes nothing."""
         if not self.merged:
-            check_writable(self.linear)
-            write_weight(self.linear, self.merge_weights(weight_of(self.linear)))
+            self.write(1)
             self.merged = True
         return self
 
     def unmerge(self) -> "LoRALinear":
         """Take the update out of the weight again, exact up to rounding in its dtype."""
         if self.merged:
-            check_writable(self.linear)
-            write_weight(self.linear, self.unmerge_weights(weight_of(self.linear)))
+            self.write(-1)
             self.merged = False
         return self
+
+    def write(self, sign: int) -> None:
+        """Add the update to the linear layer's weight and bias (1), or take it out of them (-1)."""
+        W, bias = self.sums(sign)
+        write_weight(self.linear, W)
+        if bias is not None:
+            self.linear.bias.data.copy_(bias)  # type: ignore[union-attr,operator]
+
+    @torch.no_grad()
+    def sums(self, sign: int) -> tuple[Tensor, Tensor | None]:
+        """What `write` would write; None for a bias that stays. ValueError where it would fail."""
+        check_writable(self.linear)
+        W = self._plus(weight_of(self.linear), sign)
+        if self.B_bias is None:
+            return W, None
+        bias: Tensor | None = self.linear.bias  # type: ignore[assignment]
+        if bias is None:
+            raise ValueError("the adapter has a bias (lora_bias), and the layer none into which it "
+                             "could be merged")
+        total = (bias + sign * self.scaling * self.B_bias).to(bias.dtype)
+        if not torch.isfinite(total).all():
+            raise ValueError("the bias and scaling * B_bias add up to NaN or infinity")
+        return W, total
 
     @property
     def weight(self) -> Tensor:
@@ -185,8 +220,12 @@ class LoRALinear(LoRALayer):
 
     @property
     def bias(self) -> Tensor | None:
-        """The linear layer's own bias (d,), or None."""
-        return self.linear.bias  # type: ignore[return-value]
+        """The bias that the layer acts with (d,): the linear layer's own, or None, and B's."""
+        bias: Tensor | None = self.linear.bias  # type: ignore[assignment]
+        if self.B_bias is None or self.merged:
+            return bias
+        more = self.scaling * self.B_bias
+        return more.to(self.B.dtype) if bias is None else bias + more.to(bias.dtype)
 
 
 def shared_input(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ import reprlib
 import subprocess
 import sys
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,17 +23,21 @@ KNOWN = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_n
          "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern",
          "alpha_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config",
          "corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "runtime_config",
-         "ensure_weight_tying", "target_parameters"}
+         "ensure_weight_tying", "target_parameters", "lora_bias", "trainable_token_indices"}
 
 # Those that change what the adapter computes and that this library has no code for.
-UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "trainable_token_indices",
-               "layer_replication", "alora_invocation_tokens", "arrow_config",
-               "kasa_config", "monteclora_config")
+UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "layer_replication",
+               "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config")
 
 # Initializations of PEFT's that change the base's weights too: the adapter alone is not enough.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 PREFIX = "base_model.model."
+
+# The ends of PEFT's keys: an adapter's parts by their names here, and the trained rows of an
+# embedding, which are called a delta and are the rows themselves.
+HALVES = {"A": "lora_A.weight", "B": "lora_B.weight", "B_bias": "lora_B.bias"}
+ROWS = "token_adapter.trainable_tokens_delta"
 
 # The names under which wrappers hold what they wrap: torch.compile, checkpoint_wrapper, FSDP 1,
 # Lightning's Fabric.
@@ -143,10 +148,25 @@ def digest(tensors: dict[str, Tensor], samples: str) -> str:
     return total.hexdigest()
 
 
+@dataclass
+class Contents:
+    """What PEFT's file holds, by the module's path.
+
+    parts    A, B, and B_bias where there is one
+    whole    a module to save: its state
+    rows     the trained rows of an embedding
+    copies   a copy of the base's weight, which PEFT keeps of an adapted head
+    """
+
+    parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    whole: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    copies: dict[str, Tensor] = field(default_factory=dict)
+
+
 def sort(tensors: dict[str, Tensor], config: dict, file: Path,
-         embeddings: Collection[str] = ()) -> tuple[dict, dict, dict]:
-    """PEFT's keys in three: {module path: (A, B)}, {path of a module to save: its state}, and
-    {module path: a copy of the base's weight}, which PEFT keeps of an adapted head.
+         embeddings: Collection[str] = ()) -> Contents:
+    """PEFT's keys, sorted by what they are for.
 
     The names that wrappers put into paths are left out. A weight of one of the model's
     `embeddings` is a module to save. Raises ValueError for another key, and for NaN or infinity.
@@ -157,18 +177,22 @@ def sort(tensors: dict[str, Tensor], config: dict, file: Path,
         if bare in tensors:
             raise ValueError(f"{file} holds {bare} twice, once as {key}")
         tensors[bare] = _number(t, f"{file}: {key}")
-    halves, whole, copies = {}, {}, {}
+    found = Contents()
+    ends = {f".{end}": part for part, end in HALVES.items()}
     for key, t in tensors.items():
-        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
-        if match and t.ndim == 2 and t.is_floating_point():
-            halves.setdefault(match[1], {})[match[2]] = t
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)(\.lora_[AB]\.(?:weight|bias))", key)
+        part = ends.get(match[2]) if match else None
+        if match and part and t.ndim == (1 if part == "B_bias" else 2) and t.is_floating_point():
+            found.parts.setdefault(match[1], {})[part] = t
+        elif key.endswith(f".{ROWS}") and t.ndim == 2 and t.is_floating_point():
+            found.rows[key.removeprefix(PREFIX).removesuffix(f".{ROWS}")] = t
         elif name := _owner(key, config):
-            whole.setdefault(name, {})[key.removeprefix(f"{PREFIX}{name}.")] = t
+            found.whole.setdefault(name, {})[key.removeprefix(f"{PREFIX}{name}.")] = t
         elif key.endswith(".base_layer.weight") and t.ndim == 2 and \
                 key.replace("base_layer", "lora_A") in tensors:
-            copies[key.removeprefix(PREFIX).removesuffix(".base_layer.weight")] = t
+            found.copies[key.removeprefix(PREFIX).removesuffix(".base_layer.weight")] = t
         elif (path := key.removeprefix(PREFIX).removesuffix(".weight")) in embeddings:
-            whole[path] = {"weight": t}
+            found.whole[path] = {"weight": t}
         elif ".lora_embedding_" in key or key.endswith(".base_layer.weight"):
             name = re.split(r"\.lora_embedding_|\.base_layer", key.removeprefix(PREFIX))[0]
             raise ValueError(f"{file}: target_modules names {name}, an nn.Embedding; here only a "
@@ -176,12 +200,16 @@ def sort(tensors: dict[str, Tensor], config: dict, file: Path,
         else:
             raise ValueError(f"{file}: {key} {tuple(t.shape)} is not the A or B of a linear layer, "
                              f"nor of modules_to_save = {config.get('modules_to_save')}")
-    for name, half in halves.items():
-        if len(half) != 2:
-            raise ValueError(f"{file}: {name} has no lora_{'B' if 'A' in half else 'A'}")
-    if not halves:
+    expected = [*HALVES][:3 if config.get("lora_bias") else 2]
+    for name, half in found.parts.items():
+        if lacking := [HALVES[part] for part in expected if part not in half]:
+            raise ValueError(f"{file}: {name} has no {lacking[0]}")
+        if len(half) > len(expected):
+            raise ValueError(f"{file}: {name} has a lora_B.bias, expected none without lora_bias")
+        found.parts[name] = {part: half[part] for part in expected}
+    if not found.parts:
         raise ValueError(f"{file} holds no adapter")
-    return {name: (half["A"], half["B"]) for name, half in halves.items()}, whole, copies
+    return found
 
 
 def _number(t, what):

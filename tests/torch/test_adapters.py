@@ -425,10 +425,10 @@ class TestErrors:
         with unchanged(kept.model):
             for gain in (lambda: kept.load("d", tmp_path),
                          lambda: kept.add("d", ["fc"], rank=2, modules_to_save=["out"])):
-                with pytest.raises(ValueError, match="'d' trains modules whole, out"):
+                with pytest.raises(ValueError, match="'d' trains out whole, or rows"):
                     gain()
         assert kept.names == ["a", "b", "c"]
-        with pytest.raises(ValueError, match="trains modules whole, out"):
+        with pytest.raises(ValueError, match="trains out whole, or rows"):
             Adapters(other, present="d")
 
     def test_a_model_that_has_an_adapter_or_none(self):

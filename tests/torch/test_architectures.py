@@ -19,11 +19,10 @@ REFUSED = {
     'init_lora_weights="olora"': "init_lora_weights = 'olora' changed the base",
     'bias="lora_only"': "bias = 'lora_only' is not supported",
     'bias="all"': "bias = 'all' is not supported",
-    "lora_bias": "lora_bias = True", "use_dora": "use_dora = True",
+    "use_dora": "use_dora = True",
     "target_modules, an embedding": "target_modules names model.embed_tokens, an nn.Embedding",
     "target_modules, a convolution": "projection.lora_A.weight (2, 3, 4, 4) is not the A or B",
-    "target_parameters": None,
-    "trainable_token_indices": "trainable_token_indices = [1, 2]",
+    "target_parameters": None, "trainable_token_indices": None, "lora_bias": None,
     "layer_replication": "layer_replication = [[0, 2], [1, 2]]",
     "modules_to_save, a tied weight": "lm_head shares its weight with another module",
 }

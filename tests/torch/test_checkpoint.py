@@ -227,7 +227,6 @@ class TestPEFT:
     @pytest.mark.parametrize("options, message", [
         ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias = 'all'"),
-        ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa"}, "'pissa' changed the base"),
         ({"init_lora_weights": "pissa_niter_2"}, "'pissa_niter_2' changed the base"),
         ({"init_lora_weights": "olora"}, "'olora' changed the base"),

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lora_lib.torch import (LoRALinear, check, fine_tune, inject, load_adapter, lora_modules, merge,
                             quantize, remove, save_adapter)
-from lora_lib.torch.checkpoint import _spread
+from lora_lib.torch.samples import spread
 from lora_lib.torch.peft_format import CONFIG, WEIGHTS
 from tests.torch.conftest import randomize
 
@@ -50,7 +50,7 @@ def test_the_samples_are_spread_evenly_at_any_size(shape, default):
     before = torch.get_default_dtype()
     torch.set_default_dtype(default)
     try:
-        _spread(W)
+        spread(W)
     finally:
         torch.set_default_dtype(before)
     assert W.asked[0] == 0 and W.asked[-1] == n - 1

@@ -77,7 +77,7 @@ FAULTS = {
     "patterns": ("explode", checkpoint, "check_patterns", lambda *_: None, "TooLong"),
     "sizes": ("huge_header", peft_format, "LARGEST", dict.fromkeys(peft_format.LARGEST, 2**40),
               "memory rose"),
-    "the base": ("another_base", checkpoint, "_check_same", lambda *_: None, "another base"),
+    "the base": ("another_base", checkpoint, "check_same", lambda *_: None, "another base"),
     "whole modules": ("drop_keys", checkpoint, "_check_whole", lambda *_: None, "RuntimeError"),
     "ranks": ("reorder", checkpoint, "settings", lambda config, key, _, names:
               dict.fromkeys(names, config[key]), "without a fault is refused"),

@@ -337,7 +337,7 @@ class TestRefused:
         (with_more, "no name for extra.weight"),
         (lambda: inject(with_more(), ["extra"], rank=2), "no name for extra.weight"),
         (lambda: inject(tiny(), ["q_proj"], modules_to_save=["lm_head"]),
-         r"no place for modules trained whole, \['lm_head'\]"),
+         r"no place for modules trained whole, or rows of them, \['lm_head'\]"),
         (untied, "lm_head: GGUF's base has no head"),
         (lambda: quantize(tiny(hidden_size=64), "all-linear"), "q_proj is a NF4Linear"),
         (lambda: merge(inject(quantize(tiny(hidden_size=64), "all-linear"), ["q_proj"]),
