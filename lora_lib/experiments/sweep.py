@@ -79,6 +79,40 @@ def column(rows: Iterable[Row], name: str) -> np.ndarray:
     return values
 
 
+def read_if_any(name: str) -> list[Row]:
+    """The rows of results/`name`.csv, none before the first run."""
+    return read(name) if (RESULTS / f"{name}.csv").exists() else []
+
+
+def wider(rows: Iterable[Row], begin: Iterable[float], what: str = "valid") -> list[float]:
+    """The rates of a grid, in order: those to begin with, those that have been run, and, when all
+    of these have been, one more at the end where the least mean of `what` stands. Each is twice
+    the one before. The mean of a rate is over the seeds that have been run there; one seed goes
+    ahead of the others, so a grid that was inside may have to go on when they follow."""
+    losses: dict[float, list[float]] = {}
+    for row in rows:
+        losses.setdefault(row["lr"], []).append(row[what])
+    rates = sorted({*begin, *losses})
+    if set(rates) == set(losses):
+        best = min(losses, key=lambda lr: np.mean(losses[lr]))
+        rates = ([best / 2] * (best == rates[0]) + rates + [best * 2] * (best == rates[-1]))
+    return rates
+
+
+def table(rows: Iterable[Row], what: str) -> tuple[tuple[float, ...], np.ndarray]:
+    """The rates (n,) at which every seed has run, in order, and a result of theirs (seeds, n).
+
+    Raises ValueError when there is none.
+    """
+    found = {(row["seed"], row["lr"]): row[what] for row in rows}
+    seeds = sorted({seed for seed, _ in found})
+    rates = [lr for lr in sorted({lr for _, lr in found})
+             if all((seed, lr) in found for seed in seeds)]
+    if not rates:
+        raise ValueError(f"no rate at which every seed has {what!r}")
+    return tuple(rates), np.array([[found[seed, lr] for lr in rates] for seed in seeds])
+
+
 def interval(values) -> tuple[float, float]:
     """The mean, and the half-width of its 95 % interval by Student's t over the seeds.
 

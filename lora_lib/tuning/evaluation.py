@@ -34,22 +34,26 @@ def exact_match(model: nn.Module, tokenizer, examples: Sequence[Example] | Rows,
     only if each of its tokens is the likeliest after the prompt and the answer's tokens before
     it, and these are just the positions that the pass has computed.
     """
-    wrong = set()
-    rows = _rows(tokenizer, examples)
-    for numbers, logits, labels in _passes(model, rows, batch_size):
-        wrong |= set(numbers[logits.argmax(-1) != labels].tolist())
-    return 1 - len(wrong) / len(rows)
+    return loss_and_match(model, tokenizer, examples, batch_size)[1]
 
 
 def mean_loss(model: nn.Module, tokenizer, examples: Sequence[Example] | Rows,
               batch_size: int = 256) -> float:
     """The cross-entropy in nats per token: of whole texts, or of the answers in pairs."""
-    total, count = 0.0, 0
-    for _, logits, labels in _passes(model, _rows(tokenizer, examples), batch_size):
+    return loss_and_match(model, tokenizer, examples, batch_size)[0]
+
+
+def loss_and_match(model: nn.Module, tokenizer, examples: Sequence[Example] | Rows,
+                   batch_size: int = 256) -> tuple[float, float]:
+    """`mean_loss` and `exact_match` of the same examples, from one pass through the model."""
+    total, count, wrong = 0.0, 0, set()
+    rows = _rows(tokenizer, examples)
+    for numbers, logits, labels in _passes(model, rows, batch_size):
+        wrong |= set(numbers[logits.argmax(-1) != labels].tolist())
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total += F.cross_entropy(logits, labels, reduction="sum").item()
         count += len(labels)
-    return total / count
+    return total / count, 1 - len(wrong) / len(rows)
 
 
 def replies(model: nn.Module, tokenizer, prompts: Sequence[str | list[Message]], *,

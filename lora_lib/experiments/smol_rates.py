@@ -1,0 +1,62 @@
+"""SmolLM2: rank, scaling and learning rate, on all linear layers, beside full fine-tuning.
+
+`python -m lora_lib.experiments.smol_rates --workers 2` takes an hour and a half on two cores. A
+method's grid of rates goes on at the side where its best stands until the best is inside (`wider`).
+"""
+
+from lora_lib.experiments import rates
+from lora_lib.experiments.claims import Verdict
+from lora_lib.experiments.rates import FULL, RANKS, SCHEMES, Grid
+from lora_lib.experiments.smol import trial
+from lora_lib.experiments.sweep import main, read_if_any, select, table, wider
+
+TASK, SEEDS, NAME = "instructions 6", (0, 1, 2), "smol_rates"
+# Where a grid begins, by alpha / r or alpha / sqrt(r); "full" for full fine-tuning.
+BEGIN = {"full": (5e-5, 1e-4, 2e-4, 4e-4), 0.25: (2e-3, 4e-3, 8e-3, 1.6e-2),
+         1.0: (1e-3, 2e-3, 4e-3, 8e-3), 2.0: (5e-4, 1e-3, 2e-3, 4e-3),
+         4.0: (2.5e-4, 5e-4, 1e-3, 2e-3)}
+
+
+def method(scheme: str, rank: int) -> dict:
+    """The trial's arguments for a scheme at a rank. Two schemes with one scaling are one run."""
+    if (scheme, rank) == FULL:
+        return {"targets": "full", "rank": 0, "alpha": 0}
+    return {"targets": "all", "rank": rank, "alpha": rank * scaling(scheme, rank)}
+
+
+def scaling(scheme: str, rank: int) -> float:
+    """What B A x is multiplied by."""
+    alpha, root = SCHEMES[scheme]
+    return alpha(rank) / (rank ** 0.5 if root else rank)
+
+
+def rows(scheme: str, rank: int) -> list:
+    """The runs that there are of a method."""
+    return select(read_if_any(NAME), **method(scheme, rank))
+
+
+def points() -> list[dict]:
+    """Every method at every rate of its grid, as far as it is known by now, a seed at a time."""
+    methods = [FULL, *((scheme, rank) for scheme in SCHEMES for rank in RANKS)]
+    found = [{"name": TASK, **method(*m), "lr": lr, "seed": seed} for seed in SEEDS
+             for m in methods
+             for lr in wider(rows(*m), BEGIN[m[0] if m == FULL else scaling(*m)])]
+    return list({tuple(point.items()): point for point in found}.values())
+
+
+def grid(scheme: str, rank: int) -> Grid:
+    """The runs of a method, for `lora_lib.experiments.rates`."""
+    lrs, valid = table(rows(scheme, rank), "valid")
+    return Grid(lrs, valid, table(rows(scheme, rank), "loss")[1])
+
+
+def verdicts() -> list[Verdict]:
+    """The claims on rank, scaling and rate, on SmolLM2."""
+    return rates.verdicts(grid, "SmolLM2")
+
+
+if __name__ == "__main__":
+    done = None
+    while (wanted := points()) != done:                        # a grid may have to go on
+        main(trial, wanted, NAME)
+        done = wanted
