@@ -25,6 +25,7 @@ from tests.torch.tiny import NotBuilt, floats, make, modality, outputs
 
 TOLERANCE, EFFECT = 1e-4, 1e-3          # of the largest number: what is the same, what is not
 SECONDS = 60                            # for one family
+WIDTH = 220                             # of an error's words
 COLUMNS = ("training step", "gradient", "to PEFT", "from PEFT", "reload", "merge", "NF4")
 
 
@@ -39,7 +40,8 @@ def row(family: str) -> dict[str, str]:
             return {"not tried": words(error)}
         except TimeoutError:
             return {"not tried": f"it takes more than {SECONDS} seconds"}
-    return {"class": type(base).__name__, "modality": modality(base), "inputs": ", ".join(given), **answers}
+    return {"class": type(base).__name__, "modality": modality(base), "inputs": ", ".join(given),
+            **answers}
 
 
 @contextmanager
@@ -63,7 +65,7 @@ def words(error: Exception | str) -> str:
     text = re.sub(r"\['[^]]*'\]",                      # what was a set has another order each time
                   lambda found: f"[{', '.join(sorted(found[0][1:-1].split(', ')))}]", text)
     first = re.split(r"(?<=[a-z)'\]])\. ", text)[0]
-    return first if len(first) <= 160 else f"{first[:157]}..."
+    return first if len(first) <= WIDTH else f"{first[:WIDTH - 3]}..."
 
 
 class Trial:
@@ -92,13 +94,13 @@ class Trial:
         return answers
 
     def _names(self):
-        """The two commonest names of layers that learn and name nothing else, or the path of one."""
+        """The commonest names, three at most, of layers that learn and of nothing else; or paths."""
         learn = [n for n in self.adapted if n not in self.idle]
         every = Counter(n.rpartition(".")[2] for n, _ in self.base.named_modules())
         found = Counter(n.rpartition(".")[2] for n in learn)
         good = [leaf for leaf, count in found.most_common()
                 if count == every[leaf] and not leaf.isdigit()]
-        return good[:2] or learn[:1]
+        return good[:3] or learn[:3]
 
     def _answers(self, targets):
         """The cells of one choice of targets; after a failure, those that need what failed lack."""
@@ -121,7 +123,7 @@ class Trial:
             attempt("to PEFT", self._to_peft, targets, here)
             if (here / "adapter_config.json").exists():
                 attempt("reload", self._reload, here)
-                attempt("merge", self._merge)
+                attempt("merge", self._merge, here)
             attempt("from PEFT", self._from_peft, targets, there)
         return cells
 
@@ -134,7 +136,7 @@ class Trial:
     def _step(self, targets):
         model = self._adapted(self._fresh(), targets)
         try:
-            self._train(model)
+            self.called = self._train(model)
         except TimeoutError:
             raise
         except Exception as error:
@@ -148,7 +150,13 @@ class Trial:
         self.idle = [name for name, layer in self.adapted.items() if _still(layer.B)]
 
     def _train(self, model):
-        """One step on a sum of all outputs with random signs, which reaches what they depend on."""
+        """One step on a sum of all outputs with random signs, which reaches what they depend on.
+
+        Returns the paths of the adapters that were called.
+        """
+        called = set()
+        for name, layer in lora_modules(model).items():
+            layer.register_forward_hook(lambda *_, name=name: called.add(name))
         torch.manual_seed(0)
         trained = [p for p in model.parameters() if p.requires_grad]
         found = [t for t in floats(model.train()(**self.given)) if t.requires_grad]
@@ -156,13 +164,15 @@ class Trial:
             raise ValueError("no output has a gradient")
         sum((t * torch.randn_like(t)).sum() for t in found).backward()
         torch.optim.SGD(trained, lr=1e-3).step()
+        return called
 
     def _nf4(self, targets):
+        """An expert that no token chooses once the router is rounded is none without a gradient."""
         model = self._adapted(quantize(self._fresh(), targets), targets)
-        self._train(model)
+        unchosen = self.called - self._train(model)
         layers = lora_modules(model)
         return _all_but([n for n, layer in layers.items() if _still(layer.B)
-                         and n not in self.idle], layers)
+                         and n not in self.idle and n not in unchosen], layers)
 
     def _to_peft(self, targets, folder):
         model = self._adapted(self._fresh(), targets)
@@ -170,41 +180,70 @@ class Trial:
             _draw(layer.A, layer.B, layer.scaling)
         self.model, self.ours = model, outputs(model, self.given)
         save_adapter(model, folder)
-        theirs = _peft(PeftModel.from_pretrained, self._fresh(), folder, is_trainable=True)
+        theirs = _peft(PeftModel.from_pretrained, self._fresh(), folder)
         found = _peft(outputs, theirs, self.given)
-        answer = self._compare(self.ours, found)
-        if answer != "yes" and (other := theirs.peft_config["default"].target_parameters):
-            return f"PEFT: it takes names of layers for those of experts, {sorted(other)}"
-        if answer != "yes" and (lost := self._lost(theirs)):
-            return f"PEFT: nothing reads its adapters at {lost}"
-        return answer
+        return self._differ(self.ours, found, model, theirs)
 
-    def _lost(self, theirs):
-        """Patterns of the adapters to which a gradient comes here, and none in PEFT."""
-        self._train(theirs)
-        found = [n.removeprefix("base_model.model.") for n, m in theirs.named_modules()
-                 if isinstance(m, LoraLayer) and _still(m.lora_B["default"].weight)]
-        return _patterns(n for n in found if n not in self.idle)
+    def _differ(self, here, there, model, theirs):
+        """`_compare`; where the outputs differ, what PEFT does otherwise, if it does."""
+        answer = self._compare(here, there)
+        if answer != "the outputs differ":
+            return answer
+        if other := theirs.peft_config["default"].target_parameters:
+            return f"PEFT: it takes names of layers for those of experts, {sorted(other)}"
+        if lost := self._lost(model, theirs):
+            return f"PEFT: nothing reads its adapters at {lost}"
+        return "PEFT: it reads its own file otherwise" if self._read_otherwise(theirs) else answer
+
+    def _lost(self, model, theirs):
+        """Patterns of the adapters that act here, and in PEFT on nothing."""
+        found = []
+        for name, layer in lora_modules(model).items():
+            try:
+                other = theirs.base_model.model.get_submodule(name).lora_B["default"].weight
+            except AttributeError:                           # PEFT has no adapter there
+                continue
+            if other.any() and not self._acts(theirs, other) and self._acts(model, layer.B):
+                found.append(name)
+        return _patterns(found)
+
+    @torch.no_grad()
+    def _acts(self, model, B):
+        """Whether the outputs change if B is zero."""
+        before, kept = outputs(model, self.given), B.clone()
+        B.zero_()
+        after = outputs(model, self.given)
+        B.copy_(kept)
+        return any(_distance(before, after))
+
+    def _read_otherwise(self, theirs):
+        """Whether PEFT, given what PEFT wrote, gives other outputs."""
+        _draw_all(theirs)
+        with tempfile.TemporaryDirectory() as folder:
+            theirs.save_pretrained(folder)
+            again = PeftModel.from_pretrained(self._fresh(), folder)
+        return self._compare(outputs(theirs, self.given), outputs(again, self.given)) != "yes"
 
     def _reload(self, folder):
         return self._compare(self.ours, outputs(load_adapter(self._fresh(), folder), self.given))
 
-    def _merge(self):
-        return self._compare(self.ours, outputs(merge(self.model), self.given))
+    def _merge(self, folder):
+        """In float64 where float32's rounding grows too large in the model."""
+        answer = self._compare(self.ours, outputs(merge(self.model), self.given))
+        if answer != "the outputs differ":
+            return answer
+        given = {name: t.double() if t.is_floating_point() else t for name, t in self.given.items()}
+        model = load_adapter(self._fresh(), folder).double()
+        return self._compare(outputs(model, given), outputs(merge(model), given))
 
     def _from_peft(self, targets, folder):
         config = LoraConfig(r=2, lora_alpha=4, target_modules=targets)
         theirs = _peft(get_peft_model, self._fresh(), config)
-        for layer in theirs.modules():
-            if isinstance(layer, LoraLayer) and layer.lora_A:
-                _draw(layer.lora_A["default"].weight, layer.lora_B["default"].weight,
-                      layer.scaling["default"])
+        _draw_all(theirs)
         found = _peft(outputs, theirs, self.given)
         _peft(theirs.save_pretrained, folder)
-        answer = self._compare(found, outputs(load_adapter(self._fresh(), folder), self.given))
-        if answer != "yes" and (lost := self._lost(theirs)):
-            return f"PEFT: nothing reads its adapters at {lost}"
-        return answer
+        model = load_adapter(self._fresh(), folder)
+        return self._differ(outputs(model, self.given), found, model, theirs)
 
     def _compare(self, one, other):
         """ "yes" if the outputs are the same, and not the base's."""
@@ -230,6 +269,14 @@ def _draw(A, B, scaling):
     B.copy_(torch.randn(B.shape, generator=torch.Generator().manual_seed(B.numel())))
     product = scaling * B @ A
     B.mul_(0.15 / float(product.square().mean().sqrt()))
+
+
+def _draw_all(theirs):
+    """The same for every adapter of a PEFT model."""
+    for layer in theirs.modules():
+        if isinstance(layer, LoraLayer) and layer.lora_A:
+            _draw(layer.lora_A["default"].weight, layer.lora_B["default"].weight,
+                  layer.scaling["default"])
 
 
 def _peft(function, *arguments, **options):

@@ -359,7 +359,7 @@ def test_a_gguf_file_of_them_is_refused(tmp_path):
 @pytest.mark.parametrize("fault, words", [
     ("gone", "for which the file holds nothing"), ("more", "the model has no"),
     ("shape", "expected .* for 4 experts"), ("text", "must be a list of names"),
-    ("unknown", "no parameter in the model is called"), ("dropout", "has no dropout"),
+    ("unknown", "the model has no .*mlp.experts.base_layer"), ("dropout", "has no dropout"),
 ])
 def test_a_file_that_does_not_fit_is_refused(fault, words, tmp_path, unchanged):
     with_peft(moe()).save_pretrained(tmp_path)
@@ -381,6 +381,23 @@ def test_a_file_that_does_not_fit_is_refused(fault, words, tmp_path, unchanged):
     model = moe()
     with unchanged(model), pytest.raises(ValueError, match=words):
         load_adapter(model, tmp_path)
+
+
+def test_a_name_in_a_file_that_finds_nothing_is_passed_over_as_in_peft(tmp_path):
+    """PEFT writes gate_up_proj for all-linear in a model of this kind whose layers are all dense."""
+    base = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(
+        vocab_size=32, hidden_size=16, intermediate_size=12, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, q_lora_rank=8, kv_lora_rank=8,
+        qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, first_k_dense_replace=1)).eval()
+    settings = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    with pytest.warns(RuntimeWarning, match="no parameter was matched"):
+        theirs = peft.get_peft_model(copy.deepcopy(base), settings)
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert "gate_up_proj" in config["target_parameters"]
+    model = load_adapter(copy.deepcopy(base), tmp_path)
+    assert logits(base).sub(logits(model)).abs().max() > 0.01
+    torch.testing.assert_close(logits(model), logits(theirs))
 
 
 def test_another_base_is_refused(tmp_path):

@@ -102,7 +102,7 @@ def test_the_words_of_an_error_fit_a_cell():
     assert families.words(ValueError("bad | `x` at 0x7f\nhere. And more")) == "bad / 'x' at  here"
     assert families.words(KeyError()) == "KeyError"
     assert families.words(ValueError("['b', 'a']")) == "['a', 'b']"
-    assert len(families.words(ValueError("long " * 100))) == 160
+    assert len(families.words(ValueError("long " * 100))) == families.WIDTH
 
 
 def test_all_linear_quantizes_what_can_have_an_adapter_and_says_what_not():
