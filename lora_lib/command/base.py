@@ -9,7 +9,7 @@ from torch import cuda, nn
 
 from lora_lib.models import NAMES
 from lora_lib.torch import load_adapter, load_pretrained
-from lora_lib.torch.inject import all_adapters
+from lora_lib.torch.parts import all_adapters
 from lora_lib.torch.peft_format import CONFIG, read_config
 
 

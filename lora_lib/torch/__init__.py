@@ -4,10 +4,10 @@ from lora_lib.torch.adapters import Adapters
 from lora_lib.torch.check import Finding, check
 from lora_lib.torch.checkpoint import load_adapter, save_adapter
 from lora_lib.torch.gguf_format import save_gguf
-from lora_lib.torch.inject import (inject, lora_modules, lora_parameters, lora_state_dict, merge,
-                                   remove, saved_modules, unmerge)
+from lora_lib.torch.inject import inject, merge, remove, unmerge
 from lora_lib.torch.lora import LoRALayer, LoRALinear, shared_input
 from lora_lib.torch.nf4 import NF4Linear, quantize
+from lora_lib.torch.parts import lora_modules, lora_parameters, lora_state_dict, saved_modules
 
 # The course's rooms beside it; they stand last, since they import what is above.
 from lora_lib.models.pretrained import load_pretrained

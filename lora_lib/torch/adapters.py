@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from lora_lib.torch.checkpoint import load_adapter, save_adapter
 from lora_lib.torch.experts import refuse_experts
-from lora_lib.torch.inject import (few, inject, lora_modules, lora_state_dict, parts_of,
-                                   remove, replace_modules, saved_modules)
+from lora_lib.torch.inject import inject, remove, replace_modules
 from lora_lib.torch.lora import LoRALinear
+from lora_lib.torch.parts import lora_modules, lora_state_dict, parts_of, saved_modules
+from lora_lib.torch.targets import few
 from lora_lib.torch.tokens import token_rows
 
 Selection = str | Mapping[str, float] | None

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_lib.torch.experts import LoRAExperts
-from lora_lib.torch.inject import (all_adapters, has_bias, idle_adapters, lora_parameters,
-                                   parts_of, shapes_of)
 from lora_lib.torch.linear import full, weight_of
 from lora_lib.torch.lora import LoRALinear
+from lora_lib.torch.parts import (all_adapters, has_bias, idle_adapters, lora_parameters, parts_of,
+                                  shapes_of)
 from lora_lib.torch.tokens import token_rows
 
 STAGES = ("start", "train", "serve")

@@ -14,14 +14,15 @@ from torch import nn
 
 from lora_lib.files import atomic
 from lora_lib.torch.experts import find_parameters, lora_experts, nested, shortest_names
-from lora_lib.torch.inject import (all_adapters, bare_path, base_modules, check_bare, few, has_bias,
-                                   inject_each, lora_modules, lora_state_dict, nearest, remove,
-                                   saved_modules, within)
+from lora_lib.torch.inject import inject_each, remove
 from lora_lib.torch.linear import is_conv1d, is_linear, shape_of
 from lora_lib.torch.lora import LoRALinear
+from lora_lib.torch.parts import (all_adapters, bare_path, check_bare, has_bias, lora_modules,
+                                  lora_state_dict, saved_modules)
 from lora_lib.torch.peft_format import (CONFIG, HALVES, PREFIX, WEIGHTS, check_patterns, digest,
                                         names_module, read_config, read_weights, settings, sort)
 from lora_lib.torch.samples import check_same, embeddings, ends, sample, sample_rows, spread
+from lora_lib.torch.targets import base_modules, few, nearest, within
 from lora_lib.torch.tokens import (find_rows, frozen_weight, named_for_peft, saved_rows,
                                    token_rows)
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_lib.files import atomic
-from lora_lib.torch.gguf_tokenizer import tokenizer_fields
 from lora_lib.torch.experts import refuse_experts
-from lora_lib.torch.inject import check_bare, has_bias, lora_modules, saved_modules
+from lora_lib.torch.gguf_tokenizer import tokenizer_fields
 from lora_lib.torch.linear import is_quantized
+from lora_lib.torch.parts import check_bare, has_bias, lora_modules, saved_modules
 from lora_lib.torch.tokens import token_rows
 
 # The class in transformers: GGUF's name for it, and whether q and k are kept with pairs together.

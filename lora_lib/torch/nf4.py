@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lib.torch.inject import (adaptable, check_target, find_targets, owners_of,
-                                   replace_modules, saved_modules)
+from lora_lib.torch.inject import replace_modules
 from lora_lib.torch.linear import is_linear, is_quantized, shape_of, weight_of
 from lora_lib.torch.lora import LoRALinear
+from lora_lib.torch.parts import saved_modules
+from lora_lib.torch.targets import adaptable, check_target, find_targets, owners_of
 
 
 def normal_levels(bits: int = 4) -> Tensor:

@@ -5,9 +5,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lora_lib.torch.experts import LoRAExperts
-from lora_lib.torch.inject import base_modules, saved_modules, within
 from lora_lib.torch.linear import full, is_conv1d, is_linear, is_quantized, stored, weight_of
 from lora_lib.torch.lora import LoRALinear
+from lora_lib.torch.parts import saved_modules
+from lora_lib.torch.targets import base_modules, within
 
 
 def check_same(name, here, there, what):

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora_lib.torch.inject import few, idle_adapters
 from lora_lib.torch.linear import stored_weights
+from lora_lib.torch.parts import idle_adapters
+from lora_lib.torch.targets import few
 from lora_lib.tuning.data import Rows
 from lora_lib.tuning.head import Causal
 from lora_lib.tuning.resume import TrainingRun, fingerprint

@@ -15,7 +15,8 @@ from torch import nn
 
 from lora_lib.torch import (LoRALinear, inject, load_adapter, lora_modules, lora_parameters,
                             lora_state_dict, merge, remove, save_adapter, unmerge)
-from lora_lib.torch.inject import inject_each, saved_modules
+from lora_lib.torch.inject import inject_each
+from lora_lib.torch.parts import saved_modules
 from tests.torch.conftest import randomize, x
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -8,7 +8,8 @@ from torch import nn
 
 from lora_lib.torch import (LoRALinear, inject, lora_modules, lora_parameters, lora_state_dict,
                             merge, remove, unmerge)
-from lora_lib.torch.inject import inject_each, saved_modules
+from lora_lib.torch.inject import inject_each
+from lora_lib.torch.parts import saved_modules
 from tests.torch.conftest import randomize, x
 
 X = x(torch.float64)

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lora_lib.torch.inject import inject, lora_parameters, merge
+from lora_lib.torch.inject import inject, merge
+from lora_lib.torch.parts import lora_parameters
 from lora_lib.tuning import loop
 from lora_lib.tuning.loop import cross_entropy, fine_tune, warmup_cosine
 
