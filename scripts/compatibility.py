@@ -74,8 +74,8 @@ FAMILIES = HEADING + """
 
 A family is a package of `transformers.models`. Of the `{all}` that hold a model, `{tried}` were
 made tiny, with random weights, and taken through what follows; `{whole}` answer "yes" everywhere.
-Each answer holds for two choices of targets: "all-linear", and the two commonest names of its
-layers. Where only one of the two fails, the cell says which.
+Each answer holds for two choices of targets: "all-linear", and the commonest names of its layers,
+three at most. Where only one of the two fails, the cell says which.
 `scripts/compatibility.py --families` runs it all;
 this is with peft {peft} and transformers {transformers}.
 By what they take they are {kinds}.
@@ -88,11 +88,16 @@ By what they take they are {kinds}.
 - **to PEFT**: random adapters, saved by `save_adapter`, give the same outputs in PEFT.
 - **from PEFT**: random adapters of PEFT, saved by it, give the same outputs here.
 - **reload**: what `save_adapter` wrote, loaded here.
-- **merge**: the outputs are the same after `merge`.
+- **merge**: the outputs are the same after `merge`; in float64 where the model lets the rounding
+  of float32 grow.
 - **NF4**: `quantize`, `inject`, then the training step, in which a gradient reaches the same
-  adapters.
+  adapters, but for experts that no token chooses once the router is rounded.
 
-"PEFT:" marks what fails in PEFT itself.
+"PEFT:" marks what fails in PEFT itself. "Nothing reads its adapters": the model takes a layer's
+weight without calling the layer, and PEFT's adapter acts in the call alone. "It reads its own file
+otherwise": loaded in PEFT, what PEFT saved gives other outputs. "It takes names of layers for those
+of experts": PEFT reads `gate_proj` or `down_proj` in a file as the experts' parameters, and the
+layers of that name lose their adapters, with no more than a warning.
 
 {table}
 

@@ -98,6 +98,36 @@ def test_a_fault_shows_in_its_column(answers, monkeypatch, name, function, colum
     assert all(answers(Toy())[c] == "yes" for c in other)
 
 
+class Reads(Toy):
+    """The first layer's weight is read, and by no backward pass: what PEFT puts there is lost."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            y = nn.functional.linear(x, self.first.weight, self.first.bias)
+        return torch.tanh(self.second(y)) + self.first.bias
+
+
+def test_adapters_that_peft_does_not_read_are_named(answers):
+    found = answers(Reads())
+    assert found["to PEFT"] == found["from PEFT"] == \
+        "all-linear: PEFT: nothing reads its adapters at first"
+    assert found["reload"] == found["merge"] == "yes" and "first" in found["gradient"]
+
+
+def test_what_peft_reads_otherwise_from_its_own_file_is_its_fault(answers, monkeypatch):
+    class Forgets(families.PeftModel):
+        @classmethod
+        def from_pretrained(cls, *arguments):
+            model = super().from_pretrained(*arguments)
+            model.base_model.model.first.lora_B["default"].weight.data.zero_()
+            return model
+
+    monkeypatch.setattr(families, "PeftModel", Forgets)
+    found = answers(Toy())
+    assert found["to PEFT"] == "PEFT: it reads its own file otherwise"
+    assert found["from PEFT"] == found["reload"] == "yes"
+
+
 def test_the_words_of_an_error_fit_a_cell():
     assert families.words(ValueError("bad | `x` at 0x7f\nhere. And more")) == "bad / 'x' at  here"
     assert families.words(KeyError()) == "KeyError"
