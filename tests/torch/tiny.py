@@ -31,7 +31,7 @@ HEADS = ("MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", "VISUAL_QUESTION_ANSWERING", "RE
          "IMAGE_MATTING", "MASKED_IMAGE_MODELING", "KEYPOINT_DETECTION", "KEYPOINT_MATCHING",
          "TEXT_RECOGNITION", "TABLE_RECOGNITION", "IMAGE", "PRETRAINING",
          "TIME_SERIES_PREDICTION", "DECISION", "BACKBONE", "")
-MOST = 4_000_000                          # parameters: what is larger has not been made tiny
+MOST = 10_000_000                         # parameters: what is larger has not been made tiny
 VOCABULARY = 128
 
 
@@ -124,12 +124,16 @@ NONE = ("head_dim", "vocab_size", "num_key_value_heads")              # no defau
 # What no rule gets right, by model type.
 SPECIAL = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
     "bit": {"embedding_size": 32, "num_groups": 4},
     "esm": {"pad_token_id": 0, "mask_token_id": WORDS},
+    "hgnet_v2": {"hidden_sizes": [32, 64, 128, 256], "stem_channels": [3, 16, 16], "stage_in_channels": [16, 32, 64, 128],
+                 "stage_mid_channels": [16] * 4, "stage_out_channels": [32, 64, 128, 256]},
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "reformer": {"is_decoder": True},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["mamba", "hybrid"]},
+    "zoedepth": {"bottleneck_features": 32},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
 }
 
@@ -154,7 +158,7 @@ def shrink(settings: dict, rules: list, model_type: str = "") -> dict:
         elif value is None and key in NONE:
             new[key] = next(most for ends, most in rules if re.fullmatch(rf"(\w*_)?({ends})", key))
         elif isinstance(value, bool):
-            if value and re.fullmatch(OFF, key):
+            if value and re.fullmatch(OFF, key) or key == "reshape_hidden_states":
                 new[key] = False
         elif isinstance(value, float) and re.fullmatch(NEVER, key):
             new[key] = 0.0
@@ -171,6 +175,10 @@ def shrink(settings: dict, rules: list, model_type: str = "") -> dict:
             elif least and min(value) >= least // 2 and min(value):
                 depth = "depth" in key or "layers" in key or "blocks" in key
                 new[key] = [1 if depth else v // min(value) * least for v in value]
+    if len(settings.get("out_indices") or ()) == 4 and settings.get("num_hidden_layers", 0) > 4 \
+            and not model_type.startswith("rf_detr"):          # a neck reads these four layers
+        new |= {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4],
+                "out_features": [f"stage{i}" for i in range(1, 5)]}
     return new | SPECIAL.get(model_type, {})
 
 
@@ -211,6 +219,9 @@ def build(model_type: str, name: str, hidden: int, kv: int, image: int) -> nn.Mo
             nn.init.constant_(p, 0.5)                               # else the layers change nothing
         if p.numel() and not p.abs().max() < 1e4:      # no values of its own
             nn.init.normal_(p, std=0.05)
+    for path, sums in model.named_buffers():
+        if path.endswith("embed_sum"):                 # codebooks that training would fill
+            nn.init.normal_(sums)
     return model.float()
 
 

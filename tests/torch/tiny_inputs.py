@@ -77,6 +77,9 @@ def media(model, takes):
         for other in (64, 128, 224, 256):
             if other != height:
                 yield {"pixel_values": noise(2, channels, other, other)}
+    if "past_values" in takes:
+        yield {"past_values": noise(2, setting(config, "context_length", default=32),
+                                    setting(config, "num_input_channels", default=1))}
     if "pixel_values_videos" in takes:
         frames = setting(config, "num_frames", "frames_per_clip", default=4)
         yield {"pixel_values_videos": noise(2, frames, channels, height, width)}
