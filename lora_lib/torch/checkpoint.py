@@ -14,17 +14,19 @@ from torch import nn
 
 from lora_lib.files import atomic
 from lora_lib.torch.experts import find_parameters, lora_experts, nested, shortest_names
+from lora_lib.torch.fit import (by_own_path, check_complete, check_layer, check_parameter,
+                                check_present, check_present_rows, check_rest, check_shared,
+                                check_whole, module_at, rows_for)
 from lora_lib.torch.inject import inject_each, remove
-from lora_lib.torch.linear import is_conv1d, is_linear, shape_of
-from lora_lib.torch.lora import LoRALinear
+from lora_lib.torch.linear import is_conv1d
 from lora_lib.torch.parts import (all_adapters, bare_path, check_bare, has_bias, lora_modules,
                                   lora_state_dict, saved_modules)
 from lora_lib.torch.peft_format import (CONFIG, HALVES, PREFIX, WEIGHTS, check_patterns, digest,
-                                        names_module, read_config, read_weights, settings, sort)
+                                        read_config, read_weights, settings, sort,
+                                        taken_for_experts)
 from lora_lib.torch.samples import check_same, embeddings, ends, sample, sample_rows, spread
-from lora_lib.torch.targets import base_modules, few, nearest, within
-from lora_lib.torch.tokens import (find_rows, frozen_weight, named_for_peft, saved_rows,
-                                   token_rows)
+from lora_lib.torch.targets import base_modules, few, within
+from lora_lib.torch.tokens import find_rows, saved_rows, token_rows
 
 # Modules that PEFT trains whole, and looks for in the file, under a task_type of their own.
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"),
@@ -44,7 +46,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *,
 
     vLLM takes one factor for all layers, lora_alpha / r, and llama.cpp lora_alpha over the layer's
     own rank. Where layers differ in it a warning says so; `one_scaling` multiplies their B's in
-    the file, and writes one alpha, so that every reader means the same.
+    the file, and writes one alpha, so that every reader means the same. Other warnings tell the
+    size of a file of megabytes that is mostly embeddings, trained whole, and name adapters that PEFT
+    loses when it loads.
 
     Raises ValueError if the model has no adapter, one holds NaN or infinity, or PEFT's file has no
     way to say what it holds, and FileExistsError if `path` is a file.
@@ -106,6 +110,13 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *,
         samples[f"{bare(name)}.rows"] = [len(W)]
     samples = json.dumps(samples)
     path = Path(path)
+    _warn_of_size(tensors, model)
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if lost := taken_for_experts(model_type, layers.keys() - experts):
+        warnings.warn(f"PEFT will lose the adapters of {few(sorted(lost))}, or not load the file: in "
+                      f"{model_type} it takes their names for those of experts' parameters. "
+                      "load_adapter reads them; for PEFT, leave them out (exclude_modules)",
+                      stacklevel=2)
     if any(hasattr(p, "full_tensor") for p in model.parameters()) and torch.distributed.get_rank():
         return path
     path.mkdir(parents=True, exist_ok=True)
@@ -114,6 +125,20 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, *,
                                      "lora_lib_sha256": digest(tensors, samples)})
         written.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def _warn_of_size(tensors, model):
+    """Say so if embeddings that are trained whole make a file of megabytes what it is."""
+    bare, ends = bare_path(model), embeddings(model)
+    large = [name for name, module in saved_modules(model).items()
+             if isinstance(module, nn.Embedding) or name in ends]
+    total = sum(t.nbytes for t in tensors.values())
+    size = sum(t.nbytes for key, t in tensors.items()
+               if key.startswith(tuple(f"{PREFIX}{bare(name)}." for name in large)))
+    if size > max(total / 2, 2**20):
+        warnings.warn(f"{size / 1e6:.1f} of the file's {total / 1e6:.1f} MB are {few(large)}, trained "
+                      "whole. If only new tokens matter, inject(trainable_token_indices=[...]) "
+                      "trains and saves their rows alone", stacklevel=3)
 
 
 def _fold(tensors, layers):
@@ -162,9 +187,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *,
         raise ValueError(f"target_parameters names {few(lost)}, for which the file holds nothing: "
                          "is it another base?")
     experts = {name: parts.pop(key) for name, key in keys.items()}
-    parts, whole = _by_own_path(model, parts) | experts, _by_own_path(model, held.whole)
+    parts, whole = by_own_path(model, parts) | experts, by_own_path(model, held.whole)
     tokens = find_rows(model, modules, config.get("trainable_token_indices") or ())
-    rows = _rows(model, tokens, _by_own_path(model, held.rows), path / WEIGHTS)
+    rows = rows_for(model, tokens, by_own_path(model, held.rows), path / WEIGHTS)
     check_patterns(config, {*base_modules(model), *parts}, path / CONFIG)
     ranks = settings(config, "r", "rank_pattern", parts)
     alphas = settings(config, "lora_alpha", "alpha_pattern", parts)
@@ -173,23 +198,24 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *,
     biased = bool(config.get("lora_bias", False))
     present = all_adapters(model)
     if present:
-        _check_present(present, plan, rslora, biased, {*saved_modules(model)} ^ {*whole})
-        _check_present_rows(token_rows(model), tokens)
+        check_present(present, plan, rslora, biased, {*saved_modules(model)} ^ {*whole})
+        check_present_rows(token_rows(model), tokens)
     for name, part in parts.items():
-        check = _check_parameter if name in parameters else _check_fit
+        check = check_parameter if name in parameters else check_layer
         check(model, name, part, plan[name][0], samples.get(name) if check_base else None)
     for name, state in whole.items():
-        _check_whole(model, name, state)
-    _check_complete(model, config, {*parts, *whole})
+        check_whole(model, name, state)
+    check_shared(model, whole)
+    check_complete(model, config, {*parts, *whole})
     for name in rows if check_base else ():
-        _check_rest(model, name, tokens[name], rows[name], samples)
+        check_rest(model, name, tokens[name], rows[name], samples)
     for name, module in ends(model).items():
         if check_base and name not in {*parts, *rows} and not within(name, whole):
             check_same(name, sample(module), samples.get(name), "neither in the file nor the one at "
                        "saving (a new head: name it in modules_to_save to train; new tokens: in "
                        "trainable_token_indices)")
     for name, t in copies.items() if check_base else ():
-        check_same(name, spread(t), sample(_module(model, name)), "not the one in the file")
+        check_same(name, spread(t), sample(module_at(model, name)), "not the one in the file")
     if not present:
         dropout = config.get("lora_dropout", 0.0)
         inject_each(model, plan, dropout, parameters=parameters, modules_to_save=whole,
@@ -213,153 +239,6 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *,
     for name, state in whole.items():
         model.get_submodule(name).load_state_dict(state)
     return model
-
-
-def _check_present(present, plan, rslora, biased, whole):
-    if differ := {*present} ^ {*plan} | whole:
-        raise ValueError("the model's adapters and modules to save and the file's differ in "
-                         f"{sorted(differ)}; remove() the model's first")
-    for name, layer in present.items():
-        if layer.merged:
-            raise ValueError(f"{name}: the adapter in the model is merged; unmerge() it first")
-        if hasattr(layer.A, "full_tensor"):
-            raise ValueError(f"{name} is split over processes: load_adapter() first, then "
-                             "fully_shard()")
-        if (layer.rank, layer.alpha, layer.use_rslora) != (*plan[name], rslora):
-            raise ValueError(
-                f"{name}: the model has (rank, alpha, use_rslora) = "
-                f"{(layer.rank, layer.alpha, layer.use_rslora)}, the file {(*plan[name], rslora)}")
-        if has_bias(layer) != biased:
-            raise ValueError(f"{name}: the model has lora_bias={has_bias(layer)}, the file {biased}")
-
-
-def _rows(model, tokens, found, file):
-    """The rows in the file by the paths in `tokens`: of one weight the file may hold them twice."""
-    names = {id(frozen_weight(model.get_submodule(name))): name for name in tokens}
-    rows = {}
-    for path, t in found.items():
-        W = frozen_weight(_module(model, path))
-        name = names.get(id(W))
-        if name is None:
-            raise ValueError(f"{file} holds rows of {path}, which the configuration's "
-                             "trainable_token_indices does not name")
-        if t.shape != (len(tokens[name]), W.shape[-1]):
-            raise ValueError(f"{path}: the trained rows have shape {tuple(t.shape)}, expected "
-                             f"{(len(tokens[name]), W.shape[-1])}")
-        if not torch.equal(rows.setdefault(name, t), t):
-            raise ValueError(f"{name} and {path} share one weight, and the file has other rows for "
-                             "each")
-    for name in tokens:
-        if lacking := [path for path in named_for_peft(model, name) if path not in found]:
-            raise ValueError(f"{file} holds no rows of {lacking[0]}, to which its "
-                             "trainable_token_indices apply in this model")
-    return rows
-
-
-def _check_present_rows(present, tokens):
-    if {name: part.tokens.tolist() for name, part in present.items()} != tokens:
-        raise ValueError(f"the model has trained rows of {[*present]} and the file of {[*tokens]}, or "
-                         "of other tokens; remove() the model's first")
-    if merged := [name for name, part in present.items() if part.merged]:
-        raise ValueError(f"{merged[0]}: the rows in the model are merged; unmerge() them first")
-
-
-def _check_rest(model, name, tokens, values, samples):
-    """The embedding's other rows are the base's; the model may have more of them than the file."""
-    W, count = frozen_weight(model.get_submodule(name)), samples.get(f"{name}.rows")
-    if not count or W.ndim != 2:
-        return                                   # PEFT's file, or TokenRows says what is wrong
-    if len(W) < count[0]:
-        raise ValueError(f"{name}: the weight has {len(W)} rows, expected {count[0]}: call "
-                         "model.resize_token_embeddings() as was done for the training")
-    here = sample_rows(W[:int(count[0])], dict(zip(tokens, values)))
-    check_same(name, here, samples.get(name), "not the one that the rows were trained in")
-
-
-def _module(model, name):
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        raise ValueError(f"the model has no {name}, which the adapter is for: is it another base? "
-                         f"{nearest(model, name)}") from None
-
-
-def _by_own_path(model, found):
-    """The same by the paths of `named_modules`: others lead to a module too, such as a property."""
-    paths, own = {id(module): name for name, module in model.named_modules()}, {}
-    for name, held in found.items():
-        try:
-            path = paths.get(id(model.get_submodule(name)))
-        except AttributeError:                       # _module says so
-            path = name
-        if path is None or path in own:
-            raise ValueError(f"the file names {name}, which is " + (
-                "no part of the model" if path is None else f"{path} once more"))
-        own[path] = held
-    return own
-
-
-def _check_whole(model, name, state):
-    there = _module(model, name).state_dict()
-    expected = {key: tuple(t.shape) for key, t in there.items()}
-    found = {key: tuple(t.shape) for key, t in state.items()}
-    for key in sorted(expected.keys() | found):
-        if expected.get(key) != found.get(key):
-            hint = ("; call model.resize_token_embeddings() as was done for the training"
-                    if name in embeddings(model) else "")
-            raise ValueError(f"modules_to_save: {name}.{key} has shape {found.get(key)} in the "
-                             f"file, expected {expected.get(key)}{hint}")
-        t, like = state[key], there[key]
-        if t.dtype != like.dtype and not (t.is_floating_point() and like.is_floating_point()):
-            raise ValueError(f"modules_to_save: {name}.{key} is {t.dtype} in the file, expected "
-                             f"{like.dtype}")
-        if t.is_floating_point() and not t.is_meta and not torch.isfinite(t.to(like.dtype)).all():
-            raise ValueError(f"modules_to_save: {name}.{key} is too large for {like.dtype}")
-
-
-def _check_complete(model, config, found):
-    """What else the configuration names in this model, such as the layers of a deeper base."""
-    whole = tuple(config.get("modules_to_save") or ())
-    names = {name for name in base_modules(model) if name.endswith(whole)
-             or not config.get("layers_to_transform")
-             and names_module(config, "target_modules", name)
-             and not names_module(config, "exclude_modules", name)}
-    more = sorted(name for name in names - found if not within(name, found))
-    if more:
-        raise ValueError(f"the configuration names {len(more)} modules of this model for which the "
-                         f"file holds nothing, such as {more[0]}: is it another base?")
-
-
-def _check_fit(model, name, part, rank, noted):
-    module = _module(model, name)
-    adapted = isinstance(module, LoRALinear)
-    if not (adapted or is_linear(module)):
-        return                                   # inject_each says what is wrong with it
-    out_features, in_features = shape_of(module.linear if adapted else module)
-    expected = (rank, in_features), (out_features, rank), (out_features,)
-    A, B, *bias = (tuple(t.shape) for t in part.values())
-    if (A, B, *bias) != expected[:len(part)]:
-        raise ValueError(f"{name}: A and B have shapes {A} and {B}, expected {expected[0]} and "
-                         f"{expected[1]}" + (f"; B's bias {bias[0]}, {expected[2]}" if bias else ""))
-    check_same(name, sample(module), noted, "not the one that the adapter was trained on")
-
-
-def _check_parameter(model, name, part, rank, noted):
-    path, _, leaf = name.rpartition(".")
-    module, adapter = model.get_submodule(path), lora_experts(model).get(name)
-    W = adapter.original if adapter else module._parameters[leaf]
-    if W.ndim not in (2, 3):
-        return                                   # LoRAExperts says what is wrong with it
-    experts = len(W) if W.ndim == 3 else 1
-    d, k = W.shape[-2:]
-    if W.ndim == 3 and getattr(module, "is_transposed", False):
-        d, k = k, d
-    expected = (rank * experts, k), (d, rank * experts)
-    A, B, *bias = (tuple(t.shape) for t in part.values())
-    if (A, B, *bias) != expected:
-        raise ValueError(f"{name}: A and B have shapes {A} and {B}, expected {expected[0]} and "
-                         f"{expected[1]} for {experts} experts" + (", without a bias" if bias else ""))
-    check_same(name, sample(adapter or W), noted, "not the one that the adapter was trained on")
 
 
 def _targets(model, layers):

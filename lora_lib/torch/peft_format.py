@@ -43,6 +43,10 @@ ROWS = "token_adapter.trainable_tokens_delta"
 # Lightning's Fabric.
 INNER = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module")
 
+# Names that PEFT takes for those of experts' parameters when it loads, whatever they name, by what
+# transformers says a family's weights are converted like.
+EXPERTS = {"qwen2_moe": {"gate_proj", "up_proj", "down_proj"}, "mixtral": {"w1", "w2", "w3"}}
+
 # Bytes of settings, and of a header beyond its tensors' own: a hundred times what adapters have.
 # A file made to harm could else fill the memory.
 LARGEST = {CONFIG: 2**23, WEIGHTS: 12 * 2**20}
@@ -230,6 +234,14 @@ def _owner(key, config):
     path = key.removeprefix(PREFIX).split(".")
     paths = (".".join(path[:i]) for i in range(1, len(path)))
     return next((p for p in paths if p.endswith(tuple(config.get("modules_to_save") or ()))), None)
+
+
+def taken_for_experts(model_type: str | None, names: Collection[str]) -> list[str]:
+    """The paths in `names` whose adapters PEFT loses in this family of transformers' (0.21)."""
+    table = getattr(sys.modules.get("transformers.conversion_mapping"),
+                    "_MODEL_TO_CONVERSION_PATTERN", {})
+    experts = EXPERTS.get(table.get(model_type), set())
+    return [name for name in names if name.rpartition(".")[2] in experts]
 
 
 def settings(config: dict, key: str, pattern_key: str, names: Collection[str]) -> dict:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_lib.torch import checkpoint, lora, peft_format
+from lora_lib.torch import checkpoint, lora, peft_format, samples
 from tests.torch import fuzz
 from tests.torch.damage import MUTATIONS
 
@@ -72,13 +72,13 @@ FAULTS = {
     "numbers": ("poison", peft_format, "_number", lambda t, what: t, "not finite"),
     "the note": ("change_the_note", peft_format, "_samples", lambda text, file: json.loads(text),
                  "Error"),
-    "paths": ("rename_a_path", checkpoint, "_by_own_path", lambda model, found: found,
+    "paths": ("rename_a_path", checkpoint, "by_own_path", lambda model, found: found,
               "loaded, though Nonsense: two of"),
     "patterns": ("explode", checkpoint, "check_patterns", lambda *_: None, "TooLong"),
     "sizes": ("huge_header", peft_format, "LARGEST", dict.fromkeys(peft_format.LARGEST, 2**40),
               "memory rose"),
-    "the base": ("another_base", checkpoint, "check_same", lambda *_: None, "another base"),
-    "whole modules": ("drop_keys", checkpoint, "_check_whole", lambda *_: None, "RuntimeError"),
+    "the base": ("another_base", samples, "spread", lambda *_: None, "another base"),
+    "whole modules": ("drop_keys", checkpoint, "check_whole", lambda *_: None, "KeyError"),
     "ranks": ("reorder", checkpoint, "settings", lambda config, key, _, names:
               dict.fromkeys(names, config[key]), "without a fault is refused"),
     "scaling": ("reorder", lora, "scaling_of", lambda rank, alpha, _: alpha / rank,
