@@ -31,8 +31,8 @@ class Verdict:
     `verdict` is "holds", "does not hold", "undecided" where the data do not decide, "holds if ..."
     with the condition, or "cannot be tested here". `effect` is a short text with the numbers and
     their intervals. `found` has the intervals by their condition ("" for a claim of one effect),
-    `least` and `most` the ends of the range that the claim asserts. `counted` is true of a count. `model` is what was
-    trained.
+    `least` and `most` the ends of the range that the claim asserts. `counted` is true of a count.
+    `model` is what was trained.
     """
 
     claim: str

@@ -4,8 +4,6 @@
 method's grid of rates goes on at the side where its best stands until the best is inside (`wider`).
 """
 
-from lora_lib.experiments import rates
-from lora_lib.experiments.claims import Verdict
 from lora_lib.experiments.rates import FULL, RANKS, SCHEMES, Grid
 from lora_lib.experiments.smol import trial
 from lora_lib.experiments.sweep import main, read_if_any, select, table, wider
@@ -48,11 +46,6 @@ def grid(scheme: str, rank: int) -> Grid:
     """The runs of a method, for `lora_lib.experiments.rates`."""
     lrs, valid = table(rows(scheme, rank), "valid")
     return Grid(lrs, valid, table(rows(scheme, rank), "loss")[1])
-
-
-def verdicts() -> list[Verdict]:
-    """The claims on rank, scaling and rate, on SmolLM2."""
-    return rates.verdicts(grid, "SmolLM2")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ TARGETS = {
     "q,k,v,o": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "mlp": ["gate_proj", "up_proj", "down_proj"], "all": "all-linear",
 }
+TEST, VALIDATION = 300, 100                                      # examples
 made = lru_cache(task)
 held_out_tales = lru_cache(lambda: tales(100, seed=99))          # not from the pretraining
 
@@ -65,6 +66,9 @@ def bits_known(model, pairs) -> float:
     return sum(offered) * len(pairs) / len(offered) - surprise
 
 
+DIVERGED = {"match": 0.0, "loss": math.inf, "tales": math.inf, "train": math.inf}
+
+
 def trial(name: str, targets: str, rank: int = 8, alpha: float = 16, lr: float = 8e-3,
           steps: int = 200, batch_size: int = 16, seed: int = 0, use_rslora: bool = False,
           dtype: str = "float64") -> dict[str, float]:
@@ -73,5 +77,22 @@ def trial(name: str, targets: str, rank: int = 8, alpha: float = 16, lr: float =
     try:
         losses = train(model, made(name), lr=lr, steps=steps, batch_size=batch_size, seed=seed)
     except FloatingPointError:
-        return {"match": 0.0, "loss": math.inf, "tales": math.inf, "train": math.inf}
+        return dict(DIVERGED)
     return measure(model, made(name)) | {"train": sum(losses[-20:]) / len(losses[-20:])}
+
+
+def redrawn(name: str, targets: str, rank: int = 8, alpha: float = 16, lr: float = 8e-3,
+            steps: int = 200, batch_size: int = 8, seed: int = 0, use_rslora: bool = False,
+            dtype: str = "float32") -> dict[str, float]:
+    """As `trial`, where the seed also draws the examples, and with the loss "valid" on validation
+    examples, by which alone a rate is to be chosen."""
+    model = adapted(targets, rank, alpha, seed=seed, use_rslora=use_rslora, dtype=dtype)
+    on = made(name, test=TEST + VALIDATION, seed=seed)
+    compared = Task(name, on.train, on.test[:TEST], on.probes[:TEST])
+    try:
+        losses = train(model, compared, lr=lr, steps=steps, batch_size=batch_size, seed=seed)
+    except FloatingPointError:
+        return DIVERGED | {"valid": math.inf}
+    return measure(model, compared) | {
+        "train": sum(losses[-20:]) / len(losses[-20:]),
+        "valid": mean_loss(model, model.tokenizer, on.test[TEST:])}
