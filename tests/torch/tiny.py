@@ -158,8 +158,10 @@ def shrink(settings: dict, rules: list, model_type: str = "") -> dict:
         elif value is None and key in NONE:
             new[key] = next(most for ends, most in rules if re.fullmatch(rf"(\w*_)?({ends})", key))
         elif isinstance(value, bool):
-            if value and re.fullmatch(OFF, key) or key == "reshape_hidden_states":
+            if value and re.fullmatch(OFF, key):
                 new[key] = False
+            elif key == "reshape_hidden_states":              # the outer one's choice for the inner
+                new[key] = value
         elif isinstance(value, float) and re.fullmatch(NEVER, key):
             new[key] = 0.0
         elif isinstance(value, int):
@@ -175,8 +177,7 @@ def shrink(settings: dict, rules: list, model_type: str = "") -> dict:
             elif least and min(value) >= least // 2 and min(value):
                 depth = "depth" in key or "layers" in key or "blocks" in key
                 new[key] = [1 if depth else v // min(value) * least for v in value]
-    if len(settings.get("out_indices") or ()) == 4 and settings.get("num_hidden_layers", 0) > 4 \
-            and not model_type.startswith("rf_detr"):          # a neck reads these four layers
+    if len(settings.get("out_indices") or ()) == 4 and settings.get("num_hidden_layers", 0) > 4:  # a neck reads them
         new |= {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4],
                 "out_features": [f"stage{i}" for i in range(1, 5)]}
     return new | SPECIAL.get(model_type, {})
