@@ -439,3 +439,40 @@ def test_a_wrong_nesting_is_seen_by_peft(tmp_path):
         peft.PeftModel.from_pretrained(moe(), tmp_path)
     with pytest.raises(ValueError, match="expected .* for 4 experts"):
         load_adapter(moe(), tmp_path)
+
+
+# --- layers whose names PEFT takes for those of experts -------------------------------------------
+
+def dense(family="Glm4Moe"):
+    """Two layers, the first without experts; shared experts in the second."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        **SIZES, intermediate_size=24, moe_intermediate_size=8, n_routed_experts=4, n_group=1,
+        topk_group=1, first_k_dense_replace=1, n_shared_experts=1)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape) * 0.2)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys", "ignore:.*target_parameters")
+def test_adapters_that_peft_would_lose_are_named(tmp_path, recwarn):
+    """What the warning says is what PEFT does; without such layers it says nothing."""
+    names = ["gate_proj", "up_proj", "down_proj"]
+    model = randomize(inject(dense(), [*names, "q_proj"], 2, seed=0))
+    with pytest.warns(UserWarning, match="PEFT will lose the adapters of model.layers.0.mlp.down_p"):
+        save_adapter(model, tmp_path / "lost")
+    theirs = peft.PeftModel.from_pretrained(dense(), tmp_path / "lost").eval()
+    held = {name for name, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    assert held and not any(name.endswith(tuple(names)) for name in held)
+    assert not close(logits(theirs), logits(model))
+    assert close(logits(load_adapter(dense(), tmp_path / "lost")), logits(model))
+    recwarn.clear()
+    for other, base in (("layers", dense), ("parameters", lambda: moe("Qwen3-MoE"))):
+        model = randomize(inject(base(), ["q_proj"], 2, seed=0,
+                                 target_parameters=BOTH if other == "parameters" else ()))
+        save_adapter(model, tmp_path / other)
+    assert not [w for w in recwarn.list if "PEFT will lose" in str(w.message)]
+    assert close(logits(peft.PeftModel.from_pretrained(dense(), tmp_path / "layers").eval()),
+                 logits(load_adapter(dense(), tmp_path / "layers")))

@@ -308,6 +308,61 @@ def test_loading_into_a_model_that_has_them(llama, tmp_path):
         load_adapter(model, tmp_path)
 
 
+# --- embeddings that are trained whole ------------------------------------------------------------
+
+ENDS = ["embed_tokens", "lm_head"]
+
+
+@tied_or_not
+@pytest.mark.parametrize("options", [
+    {"modules_to_save": ENDS, "ensure_weight_tying": True},
+    {"modules_to_save": ENDS}, {"modules_to_save": ENDS[:1]}, {"modules_to_save": ENDS[1:]}], ids=str)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings", "ignore:.*ensure_weight_tying")
+def test_whole_embeddings_and_heads_from_peft(options, tied, llama, tmp_path, unchanged):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False,
+                             **copy.deepcopy(options))               # PEFT changes the list
+    theirs = peft.get_peft_model(llama(tied), config)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "modules_to_save" in name:
+                p.add_(torch.randn_like(p))
+    theirs.save_pretrained(tmp_path)
+    model = llama(tied)
+    if tied and "ensure_weight_tying" not in options:
+        # PEFT trains a copy, and the two that were one differ.
+        with unchanged(model), pytest.raises(ValueError, match="shares its weight|share weight in"):
+            load_adapter(model, tmp_path)
+    else:
+        close(logits(load_adapter(model, tmp_path)), logits(theirs))
+
+
+@tied_or_not
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+def test_whole_embeddings_and_heads_to_peft(tied, llama, tmp_path):
+    model = ours(llama(tied), (), modules_to_save=ENDS)
+    save_adapter(model, tmp_path)
+    close(logits(peft.PeftModel.from_pretrained(llama(tied), tmp_path)), logits(model))
+    close(logits(load_adapter(llama(tied), tmp_path)), logits(model))
+
+
+class Large(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.fc = nn.Embedding(5000, 64), nn.Linear(64, 64)
+
+
+def test_a_large_embedding_is_told_with_its_size_and_the_remedy(tmp_path, recwarn):
+    model = inject(Large(), ["fc"], rank=1, modules_to_save=["embed"])
+    with pytest.warns(UserWarning, match=r"(?s)1\.3 of the file's 1\.3 MB are embed, trained whole"
+                                         r".*trainable_token_indices"):
+        save_adapter(model, tmp_path)
+    recwarn.clear()
+    save_adapter(inject(Large(), ["fc"], rank=1, trainable_token_indices={"embed": [7]}), tmp_path)
+    save_adapter(inject(Large(), ["fc"], rank=1), tmp_path)
+    assert not recwarn.list and (tmp_path / WEIGHTS).stat().st_size < 10_000
+
+
 # --- what cannot be -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("tokens, error, words", [
