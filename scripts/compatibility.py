@@ -48,7 +48,8 @@ the cases that the tests check. It ran with peft {peft} and transformers {transf
 {architectures}
 
 Qwen3, GPT-2 and T5 tie the output head to the embedding. A tied weight cannot have an adapter, nor
-be trained whole, since merging it would change both; the rest of the model can.
+be trained whole, since merging it would change both; the rest of the model can. Rows of it can be
+trained, as the next section says, and both modules together can be trained whole.
 
 ## Options of PEFT
 
@@ -56,6 +57,13 @@ A `LoraConfig` with this option was trained in PEFT and loaded here. What is not
 refused before the model is touched, with the words in the last column.
 
 {options}
+
+`trainable_token_indices` trains a few rows of an embedding, such as those of new tokens, and the
+file keeps these rows alone. A whole embedding, named in `modules_to_save` or kept by PEFT's
+`save_embedding_layers`, is read and written too; of a file of megabytes that is mostly embeddings
+`save_adapter` warns, with its size. A tied head keeps to the embedding. PEFT can train a copy of
+each of two tied modules apart; such a file is refused, and so is one that trains rows of a tied
+head alone. `lora_bias` gives B a bias; a layer that has none of its own is adapted, and not merged.
 
 ## Another base
 
@@ -97,7 +105,8 @@ By what they take they are {kinds}.
 weight without calling the layer, and PEFT's adapter acts in the call alone. "It reads its own file
 otherwise": loaded in PEFT, what PEFT saved gives other outputs. "It takes names of layers for those
 of experts": PEFT reads `gate_proj` or `down_proj` in a file as the experts' parameters, and the
-layers of that name lose their adapters, with no more than a warning.
+layers of that name lose their adapters, with no more than a warning. `save_adapter` names these
+layers when it writes such a file.
 
 {table}
 
