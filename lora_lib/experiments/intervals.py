@@ -111,10 +111,12 @@ def lowest(curves, rates) -> np.ndarray:
     curves, logs = np.asarray(curves, float), np.log(np.asarray(rates, float))
     least = curves.argmin(axis=1)
     found = np.where(least == 0, 0.0, math.inf)
-    for row in np.flatnonzero((least > 0) & (least < len(logs) - 1)):
-        part = slice(least[row] - 1, least[row] + 2)
-        a, b, _ = np.polyfit(logs[part], curves[row, part], 2)
-        found[row] = math.exp(-b / (2 * a) if a > 0 else logs[least[row]])
+    rows = np.flatnonzero((least > 0) & (least < len(logs) - 1))
+    around = least[rows, None] + np.array([-1, 0, 1])
+    (x0, x1, x2), (y0, y1, y2) = logs[around].T, np.take_along_axis(curves[rows], around, 1).T
+    left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)      # the slopes on both sides
+    bend = (right - left) / (x2 - x0)
+    found[rows] = np.exp((x0 + x1) / 2 - left / (2 * np.where(bend > 0, bend, math.inf)))
     return found
 
 
