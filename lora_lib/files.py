@@ -1,9 +1,15 @@
-"""Files that are either the old one or the new one, never half of each."""
+"""Files that are either the old one or the new one, never half of each; and where some are kept."""
 
 import os
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def cache() -> Path:
+    """The folder for what is made once and kept: LORA_LIB_CACHE, else ~/.cache/lora_lib."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_lib"
+    return Path(os.environ.get("LORA_LIB_CACHE") or default)
 
 
 @contextmanager

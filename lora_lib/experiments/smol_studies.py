@@ -1,0 +1,117 @@
+"""SmolLM2: which layers, how many examples, how large a batch, which start.
+
+`python -m lora_lib.experiments.smol_studies targets --workers 2` runs one study, or without a name
+all of them in this order, some eight core-hours. Every seed of a method is run at every rate of its
+grid, and takes the one that its own validation examples choose.
+
+Written down before the runs, with the expectation; a loss is the test's, in nats a token:
+- at one budget of numbers, nothing beats q and v by more than 0.02 (does not hold: all linear
+  layers do); feed-forward layers added to attention lower the loss by more than 0.02 (undecided
+  where the context has the answer, holds where facts are learned by heart)
+- LoRA is as good as full fine-tuning, within 0.02, on 256, 1,024 and 4,096 examples, seen once
+  (holds for the first two; full is better on the last)
+- as batches grow from 4 to 64, LoRA falls behind full fine-tuning by more than 0.02 (undecided)
+- a start with A = 0 ends more than 0.02 above one with B = 0 (undecided)
+"""
+
+import sys
+
+import numpy as np
+
+from lora_lib.experiments.claims import Claim, Verdict
+from lora_lib.experiments.intervals import by_seeds
+from lora_lib.experiments.rates import Grid
+from lora_lib.experiments.smol import trial
+from lora_lib.experiments.sweep import main, read_if_any, select, table, wider
+
+SEEDS, NAME = (0, 1, 2), "smol_studies"
+FOLLOW, FACTS = "instructions 6", "facts 40"
+STEPS = {FOLLOW: 64, FACTS: 128}
+FULL = {"targets": "full", "rank": 0, "alpha": 0}
+LOW, FULL_LOW = (5e-4, 1e-3, 2e-3, 4e-3), (2.5e-5, 5e-5, 1e-4, 2e-4)      # where grids begin
+# The rank at which each choice comes nearest to the 2,442,240 numbers of rank 8 on all layers.
+EQUAL = {"q,v": 42, "q,k,v,o": 21, "mlp": 13, "all": 8}
+EXAMPLES, BATCHES = (256, 1024, 4096), (4, 16, 64)
+
+QV = Claim("q and v are the targets to choose", "6",
+           "loss in nats, q,v minus another choice at one budget", most=0.02)
+FEED_FORWARD = Claim("feed-forward layers added to attention help", "6",
+                     "loss in nats at one budget, q,k,v,o minus all", 0.02)
+AS_GOOD = Claim("LoRA is as good as full fine-tuning", "8",
+                "loss in nats, LoRA minus full, by the number of examples", -0.02, 0.02)
+BATCH = Claim("LoRA pays more than full fine-tuning for a large batch", "7",
+              "loss in nats, LoRA minus full, at batches of 64 minus that at 4", 0.02)
+START = Claim("B, not A, must start at zero", "3",
+              "loss in nats at each one's rate, A = 0 minus B = 0", 0.02)
+
+
+def lora(targets: str, rank: int) -> dict:
+    """The trial's arguments for adapters with alpha = 2 r."""
+    return {"targets": targets, "rank": rank, "alpha": 2 * rank}
+
+
+def studies() -> dict[str, list[dict]]:
+    """The settings of every study; a setting is the trial's arguments but its rate and seed."""
+    both = (FULL, lora("all", 8))
+    return {
+        "targets": [{"name": task, **lora(t, EQUAL[t]), "steps": STEPS[task]}
+                    for t in EQUAL for task in STEPS],
+        "start": [{"name": FOLLOW, **lora("all", 8), "start": start}
+                  for start in ("B = 0", "A = 0")],
+        "batch": [{"name": FOLLOW, **method, "batch_size": size, "steps": 512 // size}
+                  for method in both for size in BATCHES],
+        "examples": [{"name": FOLLOW, **method, "examples": count, "steps": count // 8}
+                     for count in EXAMPLES for method in both],
+    }
+
+
+def rows(**setting) -> list:
+    """The runs that there are of a setting."""
+    usual = {"examples": 512, "steps": 64, "batch_size": 8, "start": "B = 0"}
+    return select(read_if_any(NAME), **usual | setting)
+
+
+def points(study: str) -> list[dict]:
+    """Every setting of a study at every rate of its grid, as far as it is known by now."""
+    begin = lambda setting: FULL_LOW if setting["targets"] == "full" else LOW
+    return [setting | {"lr": lr, "seed": seed} for seed in SEEDS for setting in studies()[study]
+            for lr in wider(rows(**setting), begin(setting))]
+
+
+def reached(**setting) -> np.ndarray:
+    """The test loss of every seed at the rate that its validation examples choose."""
+    found = rows(**setting)
+    lrs, valid = table(found, "valid")
+    return Grid(lrs, valid, table(found, "loss")[1]).own()
+
+
+def judged() -> list[Verdict]:
+    """The claims on SmolLM2."""
+    at = lambda task, t: reached(name=task, **lora(t, EQUAL[t]), steps=STEPS[task])
+    gap = lambda **where: (reached(name=FOLLOW, **lora("all", 8), **where)
+                           - reached(name=FOLLOW, **FULL, **where))
+    batch = lambda size: gap(batch_size=size, steps=512 // size)
+    found = [
+        QV.across(lambda c: {f"{task}, {t}": by_seeds(at(task, "q,v") - at(task, t), c)
+                             for task in STEPS for t in EQUAL if t != "q,v"},
+                  form="+.3f", condition="compared on {}"),
+        FEED_FORWARD.across(lambda c: {task: by_seeds(at(task, "q,k,v,o") - at(task, "all"), c)
+                                       for task in STEPS}, form="+.3f",
+                            condition="the task is {}"),
+        AS_GOOD.across(lambda c: {f"{n:,}": by_seeds(gap(examples=n, steps=n // 8), c)
+                                  for n in EXAMPLES}, form="+.3f",
+                       condition="the number of examples is {}"),
+        BATCH.judged(by_seeds(batch(BATCHES[-1]) - batch(BATCHES[0])), form="+.3f"),
+        START.judged(by_seeds(reached(name=FOLLOW, **lora("all", 8), start="A = 0")
+                              - reached(name=FOLLOW, **lora("all", 8))), form="+.3f"),
+    ]
+    return [verdict.on("SmolLM2") for verdict in found]
+
+
+if __name__ == "__main__":
+    asked = [sys.argv.pop(1)] if len(sys.argv) > 1 and sys.argv[1] in studies() else studies()
+    for study in asked:
+        done = None
+        while (wanted := points(study)) != done:               # a grid may have to go on
+            main(trial, wanted, NAME)
+            done = wanted
