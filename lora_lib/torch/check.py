@@ -80,6 +80,9 @@ MODEL = {
 DATA = {
     "vocabulary": "a token is negative or beyond the model's vocabulary; was a token added without "
                   "model.resize_token_embeddings()? A label that is not learned is -100",
+    "new token": "its row of the embedding is frozen and looks as if it were new, near zero or the "
+                 "mean of all rows, so it means nothing to the model; train it, by "
+                 "inject(..., trainable_token_indices=...)",
     "not shifted": "the labels are the inputs themselves, so the model learns to repeat what it "
                    "sees; here a label is the token that comes next (transformers' models shift "
                    "inside): pass ids[:, :-1] and labels[:, 1:]",

@@ -10,6 +10,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor, nn
 
+from lora_lib.torch.tokens import frozen_weight, token_rows
 from lora_lib.tuning.data import Rows, rendered
 
 # What stands before an answer in the templates that people know, without spaces.
@@ -45,6 +46,9 @@ def check_data(data: Rows | tuple[Tensor, Tensor], model: nn.Module, tokenizer, 
             found.add("nothing learned", name)
         else:
             rows[name] = inputs, labels
+    used = {int(t) for row in rows.values() for t in torch.cat([row[0], row[1][row[1] >= 0]])}
+    for token in _new_tokens(model, embedding, sorted(used - {tokenizer.pad_token_id})):
+        found.add("new token", f"token {token}, {tokenizer.decode([token])!r}")
     rows = _aligned(rows, found)
     squashed = {name: seen.text(ids) for name, (ids, _, _) in rows.items()}
     foreign = [name for name, text in squashed.items() if any(m in text for m in seen.foreign)]
@@ -66,6 +70,23 @@ def check_data(data: Rows | tuple[Tensor, Tensor], model: nn.Module, tokenizer, 
         found.add("two begins", name, seen.begins_twice(ids, padded=not isinstance(data, Rows)))
         if name not in cut:
             seen.check_ends(name, ids, learned, hidden, found, whole=prompt or alone)
+
+
+def _new_tokens(model, embedding, used):
+    """The tokens whose rows of a frozen embedding look as if they were new: near zero, as
+    transformers draws them, or near the mean of all rows. The rows of pretrained models have half
+    of the usual length and distance at the least."""
+    W = None if embedding is None else frozen_weight(embedding)
+    if not isinstance(W, Tensor) or W.requires_grad or W.is_meta or not used \
+            or not W.is_floating_point():
+        return []
+    trained = {int(t) for name, part in token_rows(model).items() for t in part.tokens
+               if model.get_submodule(name) is embedding}
+    some = W[::max(1, len(W) // 4096)].float()              # enough for a mean and two medians
+    mean, rows = some.mean(dim=0), W[torch.tensor(used, device=W.device)].float()
+    new = rows.norm(dim=1) < some.norm(dim=1).median() / 4
+    new |= (rows - mean).norm(dim=1) < (some - mean).norm(dim=1).median() / 4
+    return [token for token, yes in zip(used, new.tolist()) if yes and token not in trained]
 
 
 def _pairs(data):

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from lora_lib.models import smollm2
-from lora_lib.torch import check, inject
+from lora_lib.models import load_pretrained, smollm2
+from lora_lib.torch import check, inject, remove
 from lora_lib.torch.check import DATA
 from lora_lib.tuning.data import Rows, encode
 from tests.tuning.tiny import CHAT, PAIRS, byte_tokenizer, causal
@@ -297,6 +297,31 @@ def test_a_planted_mistake_is_found_and_nothing_else(model, smol, plant):
     assert codes(model, data, smol, allow=DATA) == []
 
 
+@pytest.mark.parametrize("mean_resizing", [True, False])
+def test_frozen_rows_of_new_tokens_are_found_until_they_are_trained(smol, mean_resizing):
+    """As transformers draws them, in both of its ways, beside SmolLM2's own rows."""
+    model, tokenizer = load_pretrained("smollm2"), copy.deepcopy(smol)
+    tokenizer.add_tokens(["<glad>", "<sad>", "<never>"])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=mean_resizing)
+    data = encode(tokenizer, [*PAIRS, ("Is Mira <glad>?", "She is <sad>.")])
+    inject(model, ["q_proj"], rank=2, seed=0)
+    found = check(model, data=data, tokenizer=tokenizer)
+    assert [f.code for f in found] == ["new token"]
+    assert found[0].where == ("token 49152, '<glad>'", "token 49153, '<sad>'")
+    model.model.embed_tokens.weight.requires_grad_(True)
+    assert codes(model, data, tokenizer, also_trained=["model.embed_tokens.weight"]) == []
+    model.model.embed_tokens.weight.requires_grad_(False)
+    remove(model)
+    inject(model, ["q_proj"], rank=2, seed=0, trainable_token_indices=[49152, 49153])
+    assert codes(model, data, tokenizer) == []
+
+
+def test_the_tokens_of_pretrained_models_are_not_new(smol):
+    model = inject(load_pretrained("smollm2"), ["q_proj"], rank=2, seed=0)
+    numbers = torch.arange(49152)[None]
+    assert "new token" not in codes(model, (numbers, numbers), smol)
+
+
 @pytest.mark.parametrize("template", [None, "{{ bos_token }}" + CHAT])
 def test_two_begin_marks(model, template):
     from tokenizers.processors import TemplateProcessing
@@ -334,7 +359,7 @@ def test_what_transformers_own_collator_masks(model, smol):
 
 def test_every_code_is_planted(smol):
     planted = {code for plant in PLANTED for code in plant(smol)[1]}
-    assert planted | {"two begins"} == set(DATA)
+    assert planted | {"two begins", "new token"} == set(DATA)       # these two have their own tests
 
 
 def test_the_rows_are_named(model, smol):
