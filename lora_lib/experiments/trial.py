@@ -66,9 +66,6 @@ def bits_known(model, pairs) -> float:
     return sum(offered) * len(pairs) / len(offered) - surprise
 
 
-DIVERGED = {"match": 0.0, "loss": math.inf, "tales": math.inf, "train": math.inf}
-
-
 def trial(name: str, targets: str, rank: int = 8, alpha: float = 16, lr: float = 8e-3,
           steps: int = 200, batch_size: int = 16, seed: int = 0, use_rslora: bool = False,
           dtype: str = "float64") -> dict[str, float]:
@@ -77,7 +74,7 @@ def trial(name: str, targets: str, rank: int = 8, alpha: float = 16, lr: float =
     try:
         losses = train(model, made(name), lr=lr, steps=steps, batch_size=batch_size, seed=seed)
     except FloatingPointError:
-        return dict(DIVERGED)
+        return {"match": 0.0, "loss": math.inf, "tales": math.inf, "train": math.inf}
     return measure(model, made(name)) | {"train": sum(losses[-20:]) / len(losses[-20:])}
 
 
@@ -98,7 +95,7 @@ def on_redrawn(model, name: str, *, lr: float, steps: int, batch_size: int,
     try:
         losses = train(model, compared, lr=lr, steps=steps, batch_size=batch_size, seed=seed)
     except FloatingPointError:
-        return DIVERGED | {"valid": math.inf}
+        return {"match": 0.0} | dict.fromkeys(("loss", "tales", "train", "valid"), math.inf)
     return measure(model, compared) | {
         "train": sum(losses[-20:]) / len(losses[-20:]),
         "valid": mean_loss(model, model.tokenizer, on.test[TEST:])}
