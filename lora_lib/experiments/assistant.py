@@ -27,8 +27,9 @@ import torch
 from torch import nn
 
 from lora_lib import calls, docstrings
-from lora_lib.experiments.claims import DOES_NOT, HOLDS, UNDECIDED, Verdict
-from lora_lib.experiments.sweep import (RESULTS, Row, column, interval, main, read, select, shown,
+from lora_lib.experiments.claims import Verdict, judge
+from lora_lib.experiments.intervals import by_seeds
+from lora_lib.experiments.sweep import (RESULTS, Row, column, main, read, select, shown,
                                         write)
 from lora_lib.tuning.data import Message, Rows, encode
 from lora_lib.tuning.evaluation import mean_loss, replies
@@ -205,25 +206,6 @@ def answers(task: str) -> list[Row]:
              "after": after} for (request, expected), before, after in zip(texts, *said)]
 
 
-def judged(differences, least: float) -> str:
-    """Is the mean above `least`? Undecided where its 95 % interval holds it, and with one seed."""
-    if len(differences) < 2:
-        return UNDECIDED
-    mean, half = interval(differences)
-    return HOLDS if mean - half > least else DOES_NOT if mean + half < least else UNDECIDED
-
-
-def equivalent(differences, margin: float) -> str:
-    """Is the mean within +-`margin`? Undecided where its 95 % interval reaches both sides of one,
-    and with one seed."""
-    if len(differences) < 2:
-        return UNDECIDED
-    mean, half = interval(differences)
-    if abs(mean) + half < margin:
-        return HOLDS
-    return DOES_NOT if abs(mean) - half > margin else UNDECIDED
-
-
 def verdicts() -> list[Verdict]:
     """What the tasks on a real assistant say, judged on paired differences over the seeds; of a
     task with fewer than two seeds, nothing."""
@@ -235,24 +217,25 @@ def verdicts() -> list[Verdict]:
         more = right["LoRA"] - right["few-shot"]
         found += [
             Verdict("on SmolLM2, LoRA gives more right tool calls than examples in the prompt",
-                    "10", judged(more, MORE_RIGHT), f"right calls: {shown(more, '+.2f')} more, from "
-                    f"{shown(right['few-shot'])}; margin {MORE_RIGHT}"),
+                    "10", judge(by_seeds(more), MORE_RIGHT),
+                    f"right calls: {shown(more, '+.2f')} more, from {shown(right['few-shot'])}; "
+                    f"margin {MORE_RIGHT}"),
             Verdict("on SmolLM2, LoRA gives as many right tool calls as full fine-tuning", "10",
-                    equivalent(right["LoRA"] - right["full"], AS_GOOD), "right calls: "
-                    f"{shown(right['LoRA'] - right['full'], '+.2f')} more than full's "
+                    judge(by_seeds(right["LoRA"] - right["full"]), -AS_GOOD, AS_GOOD),
+                    f"right calls: {shown(right['LoRA'] - right['full'], '+.2f')} more than full's "
                     f"{right['full'].mean():.2f}; margin {AS_GOOD}")]
     if "docstrings" in ready:
         low = of("docstrings", "loss")
         found.append(Verdict(
             "on SmolLM2, LoRA fits docstrings as well as full fine-tuning", "10",
-            equivalent(low["LoRA"] - low["full"], AS_LOW), "loss in nats: "
+            judge(by_seeds(low["LoRA"] - low["full"]), -AS_LOW, AS_LOW), "loss in nats: "
             f"{shown(low['LoRA'] - low['full'], '+.3f')} beside full's {low['full'].mean():.2f}; "
             f"margin {AS_LOW}"))
     for task in ready:
         rise = compared(task, "full", "prose") - compared(task, "LoRA", "prose")
         found.append(Verdict(
             f"on SmolLM2, full fine-tuning on {task} forgets more than LoRA", "10",
-            judged(rise, FORGOTTEN), f"loss of prose in nats: {shown(rise, '+.2f')}; "
+            judge(by_seeds(rise), FORGOTTEN), f"loss of prose in nats: {shown(rise, '+.2f')}; "
             f"margin {FORGOTTEN}"))
     return found
 

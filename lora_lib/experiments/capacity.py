@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lib.experiments.claims import DOES_NOT, HOLDS, Verdict
-from lora_lib.experiments.sweep import RESULTS, Row, column, main, read, select, shown
+from lora_lib.experiments.sweep import RESULTS, Row, column, grow, main, read, select, shown
 from lora_lib.experiments.trial import TARGETS, base, bits_known
 from lora_lib.tasks import BITS_PER_PERSON, biographies
 from lora_lib.torch import fine_tune, inject, warmup_cosine
@@ -201,9 +201,6 @@ def verdicts() -> list[Verdict]:
 
 
 if __name__ == "__main__":
-    done = None
-    while (wanted := tuning((*ADAPTERS, FULL))) != done:      # a grid may have to go on
-        main(trial, wanted, "capacity")
-        done = wanted
+    grow(trial, lambda: tuning((*ADAPTERS, FULL)), "capacity")
     main(trial, comparison(SEEDS), "capacity")
     main(trial, longer(), "capacity")

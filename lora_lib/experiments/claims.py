@@ -107,7 +107,7 @@ class Claim:
                        self.least, self.most)
 
 
-def judge(found: Interval, least: float, most: float) -> str:
+def judge(found: Interval, least: float, most: float = math.inf) -> str:
     """Whether an effect lies between `least` and `most`: the one rule."""
     if least <= found.low and found.high <= most:
         return HOLDS

@@ -15,13 +15,14 @@ The margins were written down before SmolLM2's runs, with what we expected of th
   not hold)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from lora_lib.experiments.claims import Claim, Verdict, untested
 from lora_lib.experiments.intervals import Interval, best_rate, by_seeds, rate_ratio, ratio
+from lora_lib.experiments.sweep import Row, table
 
 RANKS = (4, 16, 64)
 # alpha for a rank, and whether it is divided by sqrt(r) in place of r.
@@ -57,6 +58,13 @@ class Grid:
     rates: tuple[float, ...]
     valid: np.ndarray
     test: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> "Grid":
+        """The runs in these rows of one method, at the rates that all of its seeds have."""
+        rows = list(rows)
+        lrs, valid = table(rows, "valid")
+        return cls(lrs, valid, table(rows, "loss")[1])
 
     def own(self) -> np.ndarray:
         """The test loss of each seed (seeds,) at the rate that its validation examples choose."""

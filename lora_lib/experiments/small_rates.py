@@ -1,13 +1,13 @@
 """The small model: rank, scaling and learning rate, on all linear layers, beside full fine-tuning.
 
-`python -m lora_lib.experiments.small_rates` takes an hour and a quarter on one core, in float32.
+`python -m lora_lib.experiments.small_rates` takes an hour and a half on one core, in float32.
 It is to replace `hyperparameters`, whose seeds share their examples and whose rates were chosen on
 the test. The claims and their margins are in `lora_lib.experiments.rates`.
 """
 
 from lora_lib.experiments import rates
 from lora_lib.experiments.rates import FULL, Grid
-from lora_lib.experiments.sweep import main, read_if_any, select, table, wider
+from lora_lib.experiments.sweep import grow, read_if_any, select, wider
 from lora_lib.experiments.trial import redrawn
 
 TASK, NAME = "instructions 6", "small_rates"
@@ -42,13 +42,8 @@ def points() -> list[dict]:
 
 def grid(scheme: str, rank: int = 0) -> Grid:
     """The runs of a scheme at a rank, or of "full", at every rate."""
-    found = rows(scheme, rank)
-    lrs, valid = table(found, "valid")
-    return Grid(lrs, valid, table(found, "loss")[1])
+    return Grid.of(rows(scheme, rank))
 
 
 if __name__ == "__main__":
-    done = None
-    while (wanted := points()) != done:                        # a grid may have to go on
-        main(redrawn, wanted, NAME)
-        done = wanted
+    grow(redrawn, points, NAME)

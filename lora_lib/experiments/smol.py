@@ -59,7 +59,7 @@ def fresh(targets: str, rank: int, alpha: float, *, seed: int = 0, use_rslora: b
           start: str = "B = 0") -> nn.Module:
     """SmolLM2 ready for training: with adapters, or all of it but the embedding for "full".
 
-    `start` "A = 0" exchanges the two: A is zero and B drawn, with the norm that A would have.
+    `start` "A = 0" exchanges the two: A is zero and B drawn (`exchange`).
     """
     from lora_lib.models import load_pretrained
     from lora_lib.torch import inject
@@ -74,7 +74,7 @@ def fresh(targets: str, rank: int, alpha: float, *, seed: int = 0, use_rslora: b
 
 
 def exchange(model: nn.Module, seed: int) -> None:
-    """Set every A to zero and draw B by the same rule: normal, of variance 1 / rank."""
+    """Set every A to zero and draw B: normal, of variance 1 / rank, its inputs' number."""
     from lora_lib.torch import LoRALinear
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -120,6 +120,5 @@ def trial(name: str, targets: str, rank: int, alpha: float, lr: float, examples:
     try:
         losses = train(model, pairs["train"], lr=lr, steps=steps, batch_size=batch_size, seed=seed)
     except FloatingPointError:
-        return {"valid": math.inf, "loss": math.inf, "match": 0.0, "prose": math.inf,
-                "train": math.inf}
+        return {"match": 0.0} | dict.fromkeys(("valid", "loss", "prose", "train"), math.inf)
     return measure(model, pairs) | {"train": sum(losses[-8:]) / len(losses[-8:])}

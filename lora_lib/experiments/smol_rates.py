@@ -1,12 +1,12 @@
 """SmolLM2: rank, scaling and learning rate, on all linear layers, beside full fine-tuning.
 
-`python -m lora_lib.experiments.smol_rates --workers 2` takes an hour and a half on two cores. A
+`python -m lora_lib.experiments.smol_rates --workers 2` takes two hours on two cores. A
 method's grid of rates goes on at the side where its best stands until the best is inside (`wider`).
 """
 
 from lora_lib.experiments.rates import FULL, RANKS, SCHEMES, Grid
 from lora_lib.experiments.smol import trial
-from lora_lib.experiments.sweep import main, read_if_any, select, table, wider
+from lora_lib.experiments.sweep import grow, read_if_any, select, wider
 
 TASK, SEEDS, NAME = "instructions 6", (0, 1, 2), "smol_rates"
 # Where a grid begins, by alpha / r or alpha / sqrt(r); "full" for full fine-tuning.
@@ -44,12 +44,8 @@ def points() -> list[dict]:
 
 def grid(scheme: str, rank: int) -> Grid:
     """The runs of a method, for `lora_lib.experiments.rates`."""
-    lrs, valid = table(rows(scheme, rank), "valid")
-    return Grid(lrs, valid, table(rows(scheme, rank), "loss")[1])
+    return Grid.of(rows(scheme, rank))
 
 
 if __name__ == "__main__":
-    done = None
-    while (wanted := points()) != done:                        # a grid may have to go on
-        main(trial, wanted, NAME)
-        done = wanted
+    grow(trial, points, NAME)

@@ -1,7 +1,7 @@
 """SmolLM2: which layers, how many examples, how large a batch, which start.
 
 `python -m lora_lib.experiments.smol_studies targets --workers 2` runs one study, or without a name
-all of them in this order, some eight core-hours. Every seed of a method is run at every rate of its
+all of them in this order, many hours. Every seed of a method is run at every rate of its
 grid, and takes the one that its own validation examples choose.
 
 Written down before the runs, with the expectation; a loss is the test's, in nats a token:
@@ -15,6 +15,7 @@ Written down before the runs, with the expectation; a loss is the test's, in nat
 """
 
 import sys
+from functools import partial
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from lora_lib.experiments.claims import Claim, Verdict
 from lora_lib.experiments.intervals import by_seeds
 from lora_lib.experiments.rates import Grid
 from lora_lib.experiments.smol import trial
-from lora_lib.experiments.sweep import main, read_if_any, select, table, wider
+from lora_lib.experiments.sweep import grow, read_if_any, select, wider
 
 SEEDS, NAME = (0, 1, 2), "smol_studies"
 FOLLOW, FACTS = "instructions 6", "facts 40"
@@ -80,9 +81,7 @@ def points(study: str) -> list[dict]:
 
 def reached(**setting) -> np.ndarray:
     """The test loss of every seed at the rate that its validation examples choose."""
-    found = rows(**setting)
-    lrs, valid = table(found, "valid")
-    return Grid(lrs, valid, table(found, "loss")[1]).own()
+    return Grid.of(rows(**setting)).own()
 
 
 def judged() -> list[Verdict]:
@@ -111,7 +110,4 @@ def judged() -> list[Verdict]:
 if __name__ == "__main__":
     asked = [sys.argv.pop(1)] if len(sys.argv) > 1 and sys.argv[1] in studies() else studies()
     for study in asked:
-        done = None
-        while (wanted := points(study)) != done:               # a grid may have to go on
-            main(trial, wanted, NAME)
-            done = wanted
+        grow(trial, partial(points, study), NAME)

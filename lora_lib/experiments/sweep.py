@@ -10,9 +10,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 from tqdm import tqdm
 
+from lora_lib.experiments.intervals import by_seeds
 from lora_lib.files import atomic
 
 RESULTS = Path(__file__).parent / "results"
@@ -118,11 +118,10 @@ def interval(values) -> tuple[float, float]:
 
     Raises ValueError for fewer than two values.
     """
-    values = np.asarray(values, float)
     if len(values) < 2:
         raise ValueError(f"an interval needs at least two values, got {len(values)}")
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean()), float(half)
+    found = by_seeds(values)
+    return found.middle, found.high - found.middle
 
 
 def shown(values, form: str = ".2f") -> str:
@@ -145,6 +144,14 @@ def main(trial: Callable[..., dict], points: Iterable[dict], name: str) -> None:
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     run(trial, points, args.out, workers=args.workers)
+
+
+def grow(trial: Callable[..., dict], points: Callable[[], list[dict]], name: str) -> None:
+    """`main` for points that depend on the rows so far, such as grids that may have to go on."""
+    done = None
+    while (wanted := points()) != done:
+        main(trial, wanted, name)
+        done = wanted
 
 
 def _one_thread():

@@ -7,7 +7,8 @@ of each method on a task is the best of a grid on seeds 10 and 11; other seeds a
 import numpy as np
 
 from lora_lib.experiments.claims import DOES_NOT, HOLDS, Verdict
-from lora_lib.experiments.sweep import RESULTS, Row, column, interval, main, read, select, shown
+from lora_lib.experiments.sweep import (RESULTS, Row, column, grow, interval, main, read, select,
+                                        shown)
 from lora_lib.experiments.trial import base, made, measure, train, trial
 
 # A method is (targets, rank); alpha is 2 * rank.
@@ -230,11 +231,8 @@ def verdicts() -> list[Verdict]:
 
 
 if __name__ == "__main__":
-    done = None
     main(untrained, [{"name": task} for task in SETTING], "when_base")
-    while (wanted := tuning()) != done:                       # a grid may have to go on
-        main(trial, wanted, "when")
-        done = wanted
+    grow(trial, tuning, "when")
     main(trial, finals(), "when")
     main(trial, comparison(), "when")
     main(trial, forgetting(), "when")

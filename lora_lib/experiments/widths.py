@@ -1,8 +1,7 @@
 """Why LoRA wants a rate about ten times as high: does the ratio grow as the root of the width?
 
 `python -m lora_lib.experiments.widths --workers 2` pretrains small models of four widths, which it
-keeps in the cache of `lora_lib`, and finds the best rate of full fine-tuning and of LoRA on each;
-an hour and a half on two cores.
+keeps in the cache of `lora_lib`, and finds the best rate of full fine-tuning and of LoRA on each.
 
 In the limit of wide layers, AdamW's best rate for a whole weight falls as 1 / width (muP, arXiv
 2203.03466), and that of LoRA's A and B, at one rank, as 1 / sqrt(width) (arXiv 2602.06204 has such
@@ -19,13 +18,15 @@ Coarse grids of chapters 10 and 14 were known: SmolLM2 at alpha = 2r had its bes
 0.001, 0.002 for LoRA and among 0.00005, 0.0001, 0.0002 for full fine-tuning.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 
 from lora_lib.experiments.claims import Claim, Verdict
 from lora_lib.experiments.intervals import Interval, best_rates, by_seeds
 from lora_lib.experiments.rates import Grid, times
-from lora_lib.experiments.sweep import main, read_if_any, select, table, wider
+from lora_lib.experiments.sweep import grow, read_if_any, select, wider
 from lora_lib.experiments.trial import on_redrawn
 from lora_lib.files import cache
 from lora_lib.models import tales
@@ -87,8 +88,7 @@ def points(widths=WIDTHS) -> list[dict]:
 
 def grid(width: int, method: str) -> Grid:
     """The runs of a method on a width, at every rate."""
-    lrs, valid = table(rows(width, method), "valid")
-    return Grid(lrs, valid, table(rows(width, method), "loss")[1])
+    return Grid.of(rows(width, method))
 
 
 def ratio_at(width: int) -> Interval:
@@ -114,7 +114,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for width in WIDTHS:                                        # the widest takes longest
         base(width)
-        done = None
-        while (wanted := points([width])) != done:
-            main(trial, wanted, NAME)
-            done = wanted
+        grow(trial, partial(points, [width]), NAME)

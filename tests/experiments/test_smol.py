@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from lora_lib.experiments import (rates, small_rates, smol, smol_rates, smol_studies,
                                   sweep, widths)
-from lora_lib.experiments.claims import DOES_NOT, HOLDS, UNDECIDED, UNTESTED
+from lora_lib.experiments.claims import DOES_NOT, HOLDS, UNTESTED
 from lora_lib.models import pretraining, smollm2, tales
 from lora_lib.torch import inject, load_pretrained
 from lora_lib.torch.lora import LoRALinear
@@ -107,8 +107,7 @@ def test_the_claims_on_rates_follow_what_is_planted():
     found = {v.claim: v.verdict for v in rates.judged(planted(best), "SmolLM2")}
     assert found[rates.NORMAL.text] == HOLDS and found[rates.NORMAL_ROOT.text] == DOES_NOT
     assert found[rates.HIGHER.text] == found[rates.TENFOLD.text] == HOLDS
-    assert found[rates.FROM_FULL.text].startswith("holds if") or (
-        found[rates.FROM_FULL.text] == DOES_NOT)
+    assert found[rates.FROM_FULL.text] == "holds if rank 64"
     assert found[rates.ONLY_RATE.text] == HOLDS and found[rates.ROOT_LEARNS.text] == DOES_NOT
     assert found[rates.MORE_RANK.text] == DOES_NOT
     learns = planted(best, lambda scheme, rank: 0.6 - 0.02 * np.log2(max(rank, 1)) * (
@@ -118,7 +117,7 @@ def test_the_claims_on_rates_follow_what_is_planted():
     assert found[rates.MORE_RANK.text] == "holds if alpha = 2r or rsLoRA, alpha = 8"
     few = {v.claim: v for v in rates.judged(planted(best, seeds=2), "small")}
     assert few[rates.USUAL.text].verdict == UNTESTED and few[rates.USUAL.text].model == "small"
-    assert few[rates.ONLY_RATE.text].verdict in (UNDECIDED, HOLDS)
+    assert few[rates.ONLY_RATE.text].verdict == HOLDS
 
 
 def test_a_rate_is_chosen_on_validation_and_judged_on_the_test():
