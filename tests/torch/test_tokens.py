@@ -243,8 +243,7 @@ def test_merge_unmerge_remove(tied, llama, unchanged):
     assert model.state_dict().keys() == llama(tied).state_dict().keys()
     assert (model.lm_head.weight is embed(model).weight) is tied
     model = merge(ours(llama(tied)), keep_adapters=True)
-    assert torch.equal(logits(remove(model)), logits(llama(tied))) or close(
-        logits(model), logits(llama(tied))) is None
+    close(logits(remove(model)), logits(llama(tied)))
 
 
 def test_a_nan_is_refused_before_anything_is_written(llama, tmp_path, unchanged):
