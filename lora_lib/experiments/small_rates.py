@@ -1,13 +1,13 @@
 """The small model: rank, scaling and learning rate, on all linear layers, beside full fine-tuning.
 
-`python -m lora_lib.experiments.small_rates` takes an hour and a half on one core, in float32.
+`python -m lora_lib.experiments.small_rates` takes an hour on one core, in float32.
 It is to replace `hyperparameters`, whose seeds share their examples and whose rates were chosen on
 the test. The claims and their margins are in `lora_lib.experiments.rates`.
 """
 
 from lora_lib.experiments import rates
 from lora_lib.experiments.rates import FULL, Grid
-from lora_lib.experiments.sweep import grow, read_if_any, select, wider
+from lora_lib.experiments.sweep import by_seed, grow, narrowed, read_if_any, select
 from lora_lib.experiments.trial import redrawn
 
 TASK, NAME = "instructions 6", "small_rates"
@@ -35,9 +35,8 @@ def rows(scheme: str, rank: int = 0) -> list:
 def points() -> list[dict]:
     """Every method at every rate of its grid, as far as it is known by now."""
     methods = [FULL, *((scheme, rank) for scheme in SCHEMES for rank in RANKS)]
-    found = [SETTING | method(*m) | {"lr": lr, "seed": seed} for seed in SEEDS for m in methods
-             for lr in wider(rows(*m), FULL_RATES if m == FULL else RATES)]
-    return list({tuple(sorted(point.items())): point for point in found}.values())
+    return by_seed(SETTING | method(*m) | {"lr": lr, "seed": seed} for m in methods
+                   for seed, lr in narrowed(rows(*m), SEEDS, FULL_RATES if m == FULL else RATES))
 
 
 def grid(scheme: str, rank: int = 0) -> Grid:

@@ -1,12 +1,13 @@
 """SmolLM2: rank, scaling and learning rate, on all linear layers, beside full fine-tuning.
 
 `python -m lora_lib.experiments.smol_rates --workers 2` takes two hours on two cores. A
-method's grid of rates goes on at the side where its best stands until the best is inside (`wider`).
+method's grid of rates goes on until its best is inside; after the first seed three rates do
+(`lora_lib.experiments.sweep.narrowed`).
 """
 
 from lora_lib.experiments.rates import FULL, RANKS, SCHEMES, Grid
 from lora_lib.experiments.smol import trial
-from lora_lib.experiments.sweep import grow, read_if_any, select, wider
+from lora_lib.experiments.sweep import by_seed, grow, narrowed, read_if_any, select
 
 TASK, SEEDS, NAME = "instructions 6", (0, 1, 2), "smol_rates"
 # Where a grid begins, by alpha / r or alpha / sqrt(r); "full" for full fine-tuning.
@@ -36,10 +37,9 @@ def rows(scheme: str, rank: int) -> list:
 def points() -> list[dict]:
     """Every method at every rate of its grid, as far as it is known by now, a seed at a time."""
     methods = [FULL, *((scheme, rank) for scheme in SCHEMES for rank in RANKS)]
-    found = [{"name": TASK, **method(*m), "lr": lr, "seed": seed} for seed in SEEDS
-             for m in methods
-             for lr in wider(rows(*m), BEGIN[m[0] if m == FULL else scaling(*m)])]
-    return list({tuple(point.items()): point for point in found}.values())
+    found = [{"name": TASK, **method(*m), "lr": lr, "seed": seed} for m in methods
+             for seed, lr in narrowed(rows(*m), SEEDS, BEGIN[m[0] if m == FULL else scaling(*m)])]
+    return by_seed(found)
 
 
 def grid(scheme: str, rank: int) -> Grid:

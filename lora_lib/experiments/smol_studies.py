@@ -1,8 +1,8 @@
 """SmolLM2: which layers, how many examples, how large a batch, which start.
 
 `python -m lora_lib.experiments.smol_studies targets --workers 2` runs one study, or without a name
-all of them in this order, many hours. Every seed of a method is run at every rate of its
-grid, and takes the one that its own validation examples choose.
+all of them in this order, many hours. Every seed takes the rate that its own
+validation examples choose.
 
 Written down before the runs, with the expectation; a loss is the test's, in nats a token:
 - at one budget of numbers, nothing beats q and v by more than 0.02 (does not hold: all linear
@@ -23,7 +23,7 @@ from lora_lib.experiments.claims import Claim, Verdict
 from lora_lib.experiments.intervals import by_seeds
 from lora_lib.experiments.rates import Grid
 from lora_lib.experiments.smol import trial
-from lora_lib.experiments.sweep import grow, read_if_any, select, wider
+from lora_lib.experiments.sweep import by_seed, grow, narrowed, read_if_any, select
 
 SEEDS, NAME = (0, 1, 2), "smol_studies"
 FOLLOW, FACTS = "instructions 6", "facts 40"
@@ -75,8 +75,8 @@ def rows(**setting) -> list:
 def points(study: str) -> list[dict]:
     """Every setting of a study at every rate of its grid, as far as it is known by now."""
     begin = lambda setting: FULL_LOW if setting["targets"] == "full" else LOW
-    return [setting | {"lr": lr, "seed": seed} for seed in SEEDS for setting in studies()[study]
-            for lr in wider(rows(**setting), begin(setting))]
+    return by_seed(setting | {"lr": lr, "seed": seed} for setting in studies()[study]
+                   for seed, lr in narrowed(rows(**setting), SEEDS, begin(setting)))
 
 
 def reached(**setting) -> np.ndarray:

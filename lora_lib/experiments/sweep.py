@@ -4,7 +4,7 @@ import argparse
 import csv
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -97,6 +97,31 @@ def wider(rows: Iterable[Row], begin: Iterable[float], what: str = "valid") -> l
         best = min(losses, key=lambda lr: np.mean(losses[lr]))
         rates = ([best / 2] * (best == rates[0]) + rates + [best * 2] * (best == rates[-1]))
     return rates
+
+
+def narrowed(rows: Iterable[Row], seeds: Sequence[int], begin: Iterable[float],
+             what: str = "valid") -> list[tuple[int, float]]:
+    """The seeds and rates of one method: the first seed has the whole grid, from `begin` until its
+    best is inside. The others have three rates, around the first one's best, and go on as all do
+    while the least mean over the seeds stands at an end of the rates that all have."""
+    rows = list(rows)
+    whole = wider(select(rows, seed=seeds[0]), begin, what)
+    found = [(seeds[0], rate) for rate in whole]
+    first = {row["lr"]: row[what] for row in select(rows, seed=seeds[0])}
+    if set(whole) != set(first):
+        return found
+    best = min(first, key=first.get)
+    shared = [row for row in rows
+              if set(seeds) <= {other["seed"] for other in rows if other["lr"] == row["lr"]}]
+    near = [rate for rate in whole if best / 3 < rate < best * 3]
+    return found + [(seed, rate) for seed in seeds for rate in wider(shared, near, what)
+                    if (seed, rate) not in found]
+
+
+def by_seed(points: Iterable[dict]) -> list[dict]:
+    """The points without repeats, a seed at a time, otherwise in their order."""
+    once = {tuple(sorted(point.items())): point for point in points}
+    return sorted(once.values(), key=lambda point: point["seed"])
 
 
 def table(rows: Iterable[Row], what: str) -> tuple[tuple[float, ...], np.ndarray]:

@@ -26,7 +26,7 @@ import torch
 from lora_lib.experiments.claims import Claim, Verdict
 from lora_lib.experiments.intervals import Interval, best_rates, by_seeds
 from lora_lib.experiments.rates import Grid, times
-from lora_lib.experiments.sweep import grow, read_if_any, select, wider
+from lora_lib.experiments.sweep import by_seed, grow, narrowed, read_if_any, select
 from lora_lib.experiments.trial import on_redrawn
 from lora_lib.files import cache
 from lora_lib.models import tales
@@ -81,9 +81,9 @@ def begin(width: int, method: str) -> list[float]:
 
 def points(widths=WIDTHS) -> list[dict]:
     """Both methods on every width at every rate of their grids, as far as they are known."""
-    return [{"width": width, "method": method, "lr": lr, "seed": seed} for width in widths
-            for seed in SEEDS for method in ("full", "LoRA")
-            for lr in wider(rows(width, method), begin(width, method))]
+    return by_seed({"width": width, "method": method, "lr": lr, "seed": seed}
+                   for width in widths for method in ("full", "LoRA")
+                   for seed, lr in narrowed(rows(width, method), SEEDS, begin(width, method)))
 
 
 def grid(width: int, method: str) -> Grid:

@@ -67,6 +67,21 @@ def test_a_grid_goes_on_where_its_best_stands():
     assert sweep.wider(mixed, begin) == list(begin)
 
 
+def test_after_the_first_seed_a_grid_has_three_rates_and_goes_on_together():
+    begin = (1e-3, 2e-3, 4e-3, 8e-3)
+    row = lambda seed, lr, loss: {"seed": seed, "lr": lr, "valid": loss}
+    first = [row(0, lr, loss) for lr, loss in zip(begin, (3, 2, 1, 4))]
+    ahead = [(0, lr) for lr in begin]
+    assert sweep.narrowed(first[:3], (0, 1), begin) == ahead
+    assert sweep.narrowed(first, (0, 1), begin) == ahead + [(1, lr) for lr in begin[1:]]
+    inside = first + [row(1, lr, loss) for lr, loss in zip(begin[1:], (2, 1, 2))]
+    assert sweep.narrowed(inside, (0, 1), begin) == ahead + [(1, lr) for lr in begin[1:]]
+    outside = first + [row(1, lr, loss) for lr, loss in zip(begin[1:], (0, 3, 9))]
+    assert sweep.narrowed(outside, (0, 1), begin) == ahead + [(1, lr) for lr in begin]
+    points = [{"a": 1, "seed": 1}, {"a": 1, "seed": 0}, {"seed": 0, "a": 1}]
+    assert sweep.by_seed(points) == [{"a": 1, "seed": 0}, {"a": 1, "seed": 1}]
+
+
 def test_a_table_has_the_rates_that_every_seed_has():
     rows = [{"lr": lr, "seed": seed, "loss": 10 * seed + i}
             for seed in (1, 0) for i, lr in enumerate((1e-3, 2e-3, 4e-3))][:-1]
