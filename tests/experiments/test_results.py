@@ -46,7 +46,7 @@ def test_experiments_give_verdicts_and_no_claim_is_judged_twice():
     found = [v for module in MODULES
              for v in importlib.import_module(f"lora_lib.experiments.{module}").verdicts()]
     assert len(found) > 30 and all(isinstance(v, claims.Verdict) for v in found)
-    assert len({v.claim for v in found}) == len(found)
+    assert len({(v.claim, v.model) for v in found}) == len(found)
 
 
 def test_a_measure_of_the_foundations_comes_out_again():
