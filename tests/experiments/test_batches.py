@@ -1,43 +1,41 @@
-"""Batch sizes and dials, on planted rows; and the kept sweep is whole."""
+"""Batch sizes and dials: verdicts on planted rows, and a sweep that sees as many examples."""
 
 import numpy as np
 import pytest
 
 from lora_lib.experiments import batches as b
-from lora_lib.experiments import sweep
-from lora_lib.experiments.hyperparameters import SETTING, TASK
+from lora_lib.experiments import small_rates
+from lora_lib.experiments.claims import DOES_NOT, HOLDS, UNDECIDED
+
+
+def plant(monkeypatch, loss):
+    """Rows of every run that is asked for: loss(row) at the best rate, 0.002, and more elsewhere."""
+    def made(row):
+        noise = 0.001 * np.random.default_rng([row["seed"], int(row["lr"] * 1e5)]).normal()
+        value = loss(row) + 0.1 * np.log2(row["lr"] / 2e-3) ** 2 + noise
+        return {"use_rslora": False} | row | {"valid": value, "loss": value}
+    kept = {b.NAME: [], small_rates.NAME: []}
+    for module in (b, small_rates):
+        monkeypatch.setattr(module, "read_if_any", lambda name: kept[name])
+        for _ in range(9):                                      # as `grow` does
+            kept[module.NAME] = [made(point) for point in module.points()]
 
 
 def test_every_batch_sees_as_many_examples():
-    for point in b.points():
-        assert point["steps"] * point["batch_size"] == b.EXAMPLES
-    assert {p["batch_size"] for p in b.points()} == set(b.BATCHES)
+    points = b.points()
+    assert all(p["steps"] * p["batch_size"] == b.EXAMPLES for p in points)
+    assert {p["batch_size"] for p in points} == set(b.SIZES) | {8}
 
 
 @pytest.mark.parametrize("easy, hard, verdict", [
-    (0.1, 0.5, "holds"), (0.5, 0.5, "does not hold"), (0.5, 0.1, "does not hold")])
-def test_the_verdict_compares_what_rank_gains_and_a_seed_has_no_say_in_its_rate(
-        monkeypatch, easy, hard, verdict):
-    rows = []
-    for task, gain in ((b.EASY, easy), (b.HARD, hard)):
-        for rank in b.RANKS:
-            for lr, extra in ((1e-3, 0.3), (2e-3, 0.0)):
-                for seed in b.SEEDS:
-                    loss = 1 - gain * (rank == 16) + extra + 0.01 * seed
-                    rows.append(SETTING | {"name": task, "targets": "all", "rank": rank,
-                                           "alpha": 2 * rank, "use_rslora": 0, "lr": lr,
-                                           "seed": seed, "loss": loss})
-    rows[0]["loss"] = 0.9             # seed 0 at the other rate: better, but its own
-    monkeypatch.setattr(b, "read", lambda name: rows if name == "batches" else [])
-    np.testing.assert_allclose(b.tuned(b.EASY, "all", 1), [1.0, 1.01, 1.02])
-    assert b.verdicts()[0].verdict == verdict
+    (0.1, 0.5, HOLDS), (0.5, 0.5, DOES_NOT), (0.5, 0.1, DOES_NOT), (0.1, 0.12, UNDECIDED)])
+def test_a_harder_task_wants_more_rank_if_rank_saves_more_there(monkeypatch, easy, hard, verdict):
+    saved = {b.EASY: easy, b.HARD: hard}
+    plant(monkeypatch, lambda row: 1 - saved[row["name"]] * (row["rank"] == b.HIGH))
+    found = {v.claim: v.verdict for v in b.verdicts()}
+    assert found[b.COMPLEX.text] == verdict and found[b.BATCH.text] == DOES_NOT
 
 
-def test_the_kept_sweep_is_whole():
-    for (targets, rank) in (("full", 0), ("all", 16)):
-        for size in b.BATCHES:
-            found = b.losses(TASK, targets, rank, size)
-            assert len(found) >= 3 and all(len(v) == 3 for v in found.values())
-    for rank in b.RANKS:
-        assert all(len(v) == 3 for v in b.losses(b.EASY, "all", rank).values())
-    assert len(sweep.read("batches")) == len(b.points())
+def test_a_large_batch_costs_lora_more_where_it_falls_behind(monkeypatch):
+    plant(monkeypatch, lambda row: 1 + 0.1 * (row["rank"] == 16 and row["batch_size"] == 32))
+    assert {v.claim: v.verdict for v in b.verdicts()}[b.BATCH.text] == HOLDS
