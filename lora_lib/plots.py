@@ -6,12 +6,14 @@ Okabe and Ito's, which readers with any colour vision can tell apart; markers an
 change along with the colours.
 """
 
+import math
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Polygon, Rectangle
+from matplotlib.ticker import NullFormatter
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = PALETTE = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -91,6 +93,43 @@ def points(groups: dict, *, ylabel, xlabel=None, title=None, ylim=None, logy=Fal
         if ylim:
             ax.set_ylim(ylim)
         _label(ax, xlabel, ylabel, title)
+
+
+def effects(groups: dict, *, colors: dict, markers: dict, width: float = 7.2) -> None:
+    """Effects with their intervals, a row and a scale for each label: {label: verdicts}.
+
+    A verdict, of `lora_lib.experiments.claims`, has its intervals in `found` and the range that its
+    claim asserts from `least` to `most`, which is shaded. `colors` are by the verdict, `markers` by
+    the model. A scale where all is positive and far apart is logarithmic.
+    """
+    with plt.rc_context(HOUSE):
+        figure, axes = plt.subplots(len(groups), figsize=(width, 0.62 * len(groups)), squeeze=False)
+        for ax, (label, verdicts) in zip(axes[:, 0], groups.items()):
+            dots = [(one, verdict) for verdict in verdicts for one in verdict.found.values()]
+            ends = [x for one, _ in dots for x in (one.low, one.middle, one.high)]
+            ends += [x for _, v in dots for x in (v.least, v.most)]
+            ends = [x for x in ends if math.isfinite(x)]
+            log = min(ends) > 0 and max(ends) > 5 * min(ends)
+            scale, back = (math.log, math.exp) if log else (float, float)
+            low, high = scale(min(ends)), scale(max(ends))
+            edge = 0.08 * (high - low)
+            left, right = back(low - edge), back(high + edge)
+            inside = lambda x: min(max(x, left), right)
+            for i, (one, verdict) in enumerate(dots):
+                color = colors[verdict.verdict.split(" if ")[0]]
+                ax.plot([inside(one.low), inside(one.high)], [-i, -i], color=color)
+                ax.plot(one.middle, -i, markers[verdict.model], color=color)
+            claimed = dots[0][1]
+            ax.axvspan(inside(claimed.least), inside(claimed.most), color=FROZEN, alpha=0.35,
+                       linewidth=0)
+            if log:
+                ax.set_xscale("log")
+                ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.set(xlim=(left, right), ylim=(0.7 - len(dots), 0.7), yticks=[])
+            ax.tick_params(labelsize=8)
+            ax.spines["left"].set_visible(False)
+            ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        plt.show()
 
 
 def bars(groups: dict, *, xlabel, title=None, logx=False, unit="", digits=3, ax=None) -> None:

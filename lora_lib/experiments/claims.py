@@ -32,7 +32,7 @@ class Verdict:
     with the condition, or "cannot be tested here". `effect` is a short text with the numbers and
     their intervals. `found` has the intervals by their condition ("" for a claim of one effect),
     `least` and `most` the ends of the range that the claim asserts. `counted` is true of a count.
-    `model` is what was trained.
+    `model` is what was trained, `measured` the effect in words, with its unit and its sign.
     """
 
     claim: str
@@ -44,6 +44,7 @@ class Verdict:
     most: float = math.inf
     counted: bool = False
     model: str = "small"
+    measured: str = ""
 
     def on(self, model: str) -> "Verdict":
         """The same verdict, of runs of this model."""
@@ -104,7 +105,7 @@ class Claim:
     def _verdict(self, verdict, found, text, note):
         return Verdict(self.text, self.chapter, verdict,
                        f"{self.effect}: {text}" + (f"; {note}" if note else ""), found,
-                       self.least, self.most)
+                       self.least, self.most, measured=self.effect)
 
 
 def judge(found: Interval, least: float, most: float = math.inf) -> str:
