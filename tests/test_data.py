@@ -28,6 +28,14 @@ def test_each_digit_has_the_same_share_of_the_test_set():
         assert abs(np.sum(data.y_test == digit) - count / 5) <= 1
 
 
+def test_a_seed_draws_the_test_images():
+    images = [set(map(bytes, digits(seed=seed).x_test)) for seed in (0, 1)]
+    assert 0.1 < len(images[0] & images[1]) / 360 < 0.3              # a fifth is in both
+    upright, data = digits(seed=1), digits(180, seed=1)
+    np.testing.assert_array_equal(upright.x_test, data.x_test[:, ::-1])
+    np.testing.assert_array_equal(digits(seed=0).x_train, digits().x_train)
+
+
 def turned(row):
     """One image a quarter turn counter-clockwise: what was at the right is at the top."""
     old = row.reshape(8, 8)
