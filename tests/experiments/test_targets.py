@@ -96,7 +96,7 @@ def test_a_front_is_crossed_between_two_rates():
 
 def test_facts_are_learned_by_heart():
     one, more = (t.facts("all", 4, 8, 8e-3, people=7, steps=steps, seed=3) for steps in (5, 60))
-    assert more["known"] > max(0.5, one["known"]) and more["loss"] < one["loss"]
+    assert more["known"] > max(0.3, one["known"]) and more["loss"] < one["loss"]
     assert more["valid"] == more["loss"]
 
 
