@@ -12,7 +12,7 @@ from lora_lib.experiments.sweep import column, main, read
 from lora_lib.experiments.timing import in_turn
 from lora_lib.torch import LanguageModel, LanguageModelConfig, cross_entropy, inject, merge
 
-SEEDS = range(5)
+SEEDS = range(5, 10)             # 0 to 4 were known when the margins were written down
 
 
 def model(rank: int, seed: int) -> LanguageModel:
@@ -51,7 +51,7 @@ def trial(rank: int = 64, over: int = 8, rounds: int = 15, seed: int = 0) -> dic
 
 def values(what: str) -> np.ndarray:
     """The kept ratios "step" or "call", by seed."""
-    return column(read("latency"), what)
+    return column([row for row in read("latency") if row["seed"] in SEEDS], what)
 
 
 if __name__ == "__main__":
