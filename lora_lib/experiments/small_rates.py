@@ -1,11 +1,12 @@
 """The small model: rank, scaling and learning rate, on all linear layers, beside full fine-tuning.
 
 `python -m lora_lib.experiments.small_rates` takes an hour on one core, in float32.
-It is to replace `hyperparameters`, whose seeds share their examples and whose rates were chosen on
-the test. The claims and their margins are in `lora_lib.experiments.rates`.
+A seed draws the examples, the adapter and the order; rates are chosen on validation examples. The
+claims and their margins are in `lora_lib.experiments.rates`.
 """
 
 from lora_lib.experiments import rates
+from lora_lib.experiments.claims import Verdict
 from lora_lib.experiments.rates import FULL, Grid
 from lora_lib.experiments.sweep import by_seed, grow, narrowed, read_if_any, select
 from lora_lib.experiments.trial import redrawn
@@ -42,6 +43,11 @@ def points() -> list[dict]:
 def grid(scheme: str, rank: int = 0) -> Grid:
     """The runs of a scheme at a rank, or of "full", at every rate."""
     return Grid.of(rows(scheme, rank))
+
+
+def judged() -> list[Verdict]:
+    """The claims of `lora_lib.experiments.rates` on the small model."""
+    return rates.judged(grid, "small")
 
 
 if __name__ == "__main__":

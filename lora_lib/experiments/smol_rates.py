@@ -5,11 +5,14 @@ method's grid of rates goes on until its best is inside; after the first seed th
 (`lora_lib.experiments.sweep.narrowed`).
 """
 
-from lora_lib.experiments.rates import FULL, RANKS, SCHEMES, Grid
+from lora_lib.experiments import rates, widths
+from lora_lib.experiments.claims import Verdict
+from lora_lib.experiments.rates import FIXED, FULL, RANKS, SCHEMES, Grid, times
 from lora_lib.experiments.smol import trial
 from lora_lib.experiments.sweep import by_seed, grow, narrowed, read_if_any, select
 
 TASK, SEEDS, NAME = "instructions 6", (0, 1, 2), "smol_rates"
+WIDTH = 576
 # Where a grid begins, by alpha / r or alpha / sqrt(r); "full" for full fine-tuning.
 BEGIN = {"full": (5e-5, 1e-4, 2e-4, 4e-4), 0.25: (2e-3, 4e-3, 8e-3, 1.6e-2),
          1.0: (1e-3, 2e-3, 4e-3, 8e-3), 2.0: (5e-4, 1e-3, 2e-3, 4e-3),
@@ -45,6 +48,12 @@ def points() -> list[dict]:
 def grid(scheme: str, rank: int) -> Grid:
     """The runs of a method, for `lora_lib.experiments.rates`."""
     return Grid.of(rows(scheme, rank))
+
+
+def judged() -> list[Verdict]:
+    """The claims of `lora_lib.experiments.rates` on SmolLM2, and the law of the width's."""
+    ratio = times(grid(FIXED, 16), grid(*FULL))
+    return [*rates.judged(grid, "SmolLM2"), widths.as_predicted(ratio, WIDTH).on("SmolLM2")]
 
 
 if __name__ == "__main__":
