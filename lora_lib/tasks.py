@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lora_lib.text import (COLORS, FEELINGS, PEOPLE, PLACES, THINGS, TRADES, Tale,
-                           Tokenizer, questions, stranger, tales)
+                           Tokenizer, questions, stranger, tales, without_opening)
 
 Pair = tuple[str, str]
 SENTENCE = re.compile('(?<=[."]) ')
@@ -59,6 +59,16 @@ def task(name: str, *, train: int = 2000, test: int = 300, seed: int = 0) -> Tas
     held_out = list(dict.fromkeys(e for e in examples[train:] if e not in seen))[:test]
     probes = [_last_word(e) if isinstance(e, str) else e for e in held_out]
     return Task(name, examples[:train], held_out, probes)
+
+
+def without_openings(on: Task) -> Task:
+    """A task of pairs, tested on its tales without the openings, which are random and only to be
+    copied. What is left of a pair is left out if it occurs twice, or in training."""
+    bare = lambda pairs: [(without_opening(prompt), without_opening(answer))
+                          for prompt, answer in pairs]
+    seen = set(bare(on.train))
+    test = [pair for pair in dict.fromkeys(bare(on.test)) if pair not in seen]
+    return Task(on.name, on.train, test, test)
 
 
 def _last_word(text: str) -> Pair:

@@ -161,6 +161,8 @@ class Tale:
 VERB = re.compile(r"\[(\w+)\|(\w+)\]")
 PAST = {past for ways in EVENTS.values() for way in ways for past, _ in VERB.findall(way)}
 PAST |= {past for end, _ in FACTS.values() for past, _ in VERB.findall(end or "")}
+SCENE = re.compile("^( ?)" + OPENING.format(weather=f"(?:{'|'.join(WEATHER)})",
+                                            time=f"(?:{'|'.join(TIMES)})"))
 
 
 def stranger(rng: random.Random) -> str:
@@ -209,6 +211,11 @@ def restyled(n: int, seed: int = 0) -> list[str]:
 def in_present(text: str) -> bool:
     """Whether no verb of the tales' stands in the past tense."""
     return PAST.isdisjoint(re.findall(r"\w+", text))
+
+
+def without_opening(text: str) -> str:
+    """A tale, or an answer with its space, without the words that set its scene: "One dry day "."""
+    return SCENE.sub(r"\1", text)
 
 
 def questions(n: int, seed: int = 0, kinds: Sequence[str] = tuple(FACTS), *,

@@ -43,6 +43,22 @@ def test_restyle_changes_the_tense_and_nothing_else(name):
         assert 0 < sum(a != b for a, b in zip(past, now)) <= 2 * int(name.split()[1])
 
 
+def test_without_openings_nothing_is_tested_that_was_trained_on():
+    whole = small("restyle 1", test=200)
+    bare = tasks.without_openings(whole)
+    assert bare.train == whole.train and bare.probes is bare.test
+    assert not any("One " in prompt + answer for prompt, answer in bare.test)
+    trained = {answer.split("One ")[-1].split(" ", 2)[-1] if "One " in answer else answer[1:]
+               for _, answer in whole.train}
+    assert len(set(bare.test)) == len(bare.test) > 100
+    assert not trained & {answer[1:] for _, answer in bare.test}
+    planted = tasks.Task("restyle 1", [("Ada was sad.\nNow:", " Ada is sad.\n")],
+                         [("One dry day Ada was sad.\nNow:", " One dry day Ada is sad.\n"),
+                          ("One dry day Zoe was sad.\nNow:", " One dry day Zoe is sad.\n"),
+                          ("Zoe was sad.\nNow:", " Zoe is sad.\n")], [])
+    assert tasks.without_openings(planted).test == [("Zoe was sad.\nNow:", " Zoe is sad.\n")]
+
+
 def test_instructions_are_followed():
     met = set()
     for prompt, answer in small("instructions 6", train=600).train:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lib import text
-from lora_lib.text import FACTS, PEOPLE, Tale, Tokenizer, in_present, questions, restyled, tales
+from lora_lib.text import (FACTS, PEOPLE, Tale, Tokenizer, in_present, questions, restyled, tales,
+                           without_opening)
 
 NAME = "([A-Z][a-z]+)"
 # What each sentence says: a pattern, and the facts to set, as (kind, key, answer).
@@ -134,6 +135,18 @@ def test_styles():
     present = sum(map(in_present, tales(5000, seed=2)))
     assert 400 < present < 600                              # one in ten
     assert in_present("Ada is at the mill.") and not in_present("Ada was at the mill.")
+
+
+def test_an_opening_is_left_out_and_nothing_else():
+    for text in ("One dry day Ada was at the mill.", "Ada was at the mill."):
+        assert without_opening(text) == "Ada was at the mill."
+        assert without_opening(f" {text}\n") == " Ada was at the mill.\n"
+    for text in ("One dry", "One dull day Ada", "Ada had One dry day ", "One dry evenings Ada"):
+        assert without_opening(text) == text
+    opened = [text for text in tales(400, seed=3) if text.startswith("One ")]
+    assert 100 < len(opened) < 300
+    for text in opened:
+        assert without_opening(text) == text.split(" ", 3)[3]
 
 
 def test_invented_names_are_asked_for_only_on_request():
