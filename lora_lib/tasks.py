@@ -68,7 +68,7 @@ def without_openings(on: Task) -> Task:
                           for prompt, answer in pairs]
     seen = set(bare(on.train))
     test = [pair for pair in dict.fromkeys(bare(on.test)) if pair not in seen]
-    return Task(on.name, on.train, test, test)
+    return Task(on.name, on.train, [*test], test)
 
 
 def _last_word(text: str) -> Pair:

@@ -46,7 +46,7 @@ def test_restyle_changes_the_tense_and_nothing_else(name):
 def test_without_openings_nothing_is_tested_that_was_trained_on():
     whole = small("restyle 1", test=200)
     bare = tasks.without_openings(whole)
-    assert bare.train == whole.train and bare.probes is bare.test
+    assert bare.train == whole.train and bare.probes == bare.test
     assert not any("One " in prompt + answer for prompt, answer in bare.test)
     trained = {answer.split("One ")[-1].split(" ", 2)[-1] if "One " in answer else answer[1:]
                for _, answer in whole.train}
