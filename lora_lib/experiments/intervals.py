@@ -89,7 +89,7 @@ def best_rate(losses, rates, confidence: float = CONFIDENCE) -> Interval:
     noise; its spread is taken around the least loss, and every point of the curve is drawn anew,
     `DRAWS` times. Each drawn curve has its best rate (`lowest`); on a plateau these lie all over
     it, and where they stand at an end of the grid the data set no end there. A loss that is not
-    finite, of a run that diverged, counts as the greatest that is.
+    finite, of a run that diverged, counts as the greatest that is; nan is a run that there is not.
     """
     curve, drawn = _curves(losses, seed=0)
     return _of_draws(best_rates(curve[None], rates)[0], lowest(drawn, rates), confidence)
@@ -104,6 +104,23 @@ def rate_ratio(losses, rates, other_losses, other_rates,
         draws = above / below                                   # both outside: nan, unknown
     middle = best_rates(curve[None], rates)[0] / best_rates(other[None], other_rates)[0]
     return _of_draws(middle, draws, confidence)
+
+
+def rate_slope(sizes, pairs, confidence: float = CONFIDENCE) -> Interval:
+    """The slope of log(ratio of best rates) against log(size), by least squares: sizes (n,), and
+    for each a pair of (losses, rates), as of `rate_ratio`."""
+    rows, middles = [], []
+    for i, ((losses, rates), (other_losses, other_rates)) in enumerate(pairs):
+        curve, drawn = _curves(losses, seed=2 * i)
+        other, other_drawn = _curves(other_losses, seed=2 * i + 1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rows.append(np.log(lowest(drawn, rates) / lowest(other_drawn, other_rates)))
+        middles.append(np.log(best_rates(curve[None], rates)
+                              / best_rates(other[None], other_rates))[0])
+    x = np.log(sizes) - np.log(sizes).mean()
+    with np.errstate(invalid="ignore"):
+        draws = x @ np.array(rows) / (x @ x)
+    return _of_draws(x @ np.array(middles) / (x @ x), draws, confidence, least=-math.inf)
 
 
 def lowest(curves, rates) -> np.ndarray:
@@ -128,26 +145,40 @@ def best_rates(losses, rates) -> np.ndarray:
 
 
 def _curves(losses, seed):
-    """The mean curve (rates,), and `DRAWS` curves (DRAWS, rates) that it might have been."""
+    """The mean curve (rates,), and `DRAWS` curves (DRAWS, rates) that it might have been.
+
+    Where all seeds have all rates, the curve is their mean. Where some have not, what a seed has
+    beyond the others, at the rates around the least loss, is taken from all that it has.
+    """
     losses = np.asarray(losses, float)
     if losses.ndim != 2 or losses.shape[0] < 2 or losses.shape[1] < 3:
         raise ValueError("losses must be (seeds, rates) with at least two seeds and three rates, "
                          f"got {losses.shape}")
-    losses = np.where(np.isfinite(losses), losses, losses[np.isfinite(losses)].max())
-    curve, least = losses.mean(axis=0), int(losses.mean(axis=0).argmin())
-    near = losses[:, max(0, least - 1):least + 2]
-    noise = near - near.mean(axis=0) - near.mean(axis=1, keepdims=True) + near.mean()
-    freedom = (near.shape[0] - 1) * (near.shape[1] - 1)
-    spread = math.sqrt((noise ** 2).sum() / freedom / len(losses))
+    losses = np.where(np.isinf(losses), losses[np.isfinite(losses)].max(), losses)
+    ran = ~np.isnan(losses)
+    counts = ran.sum(axis=0)
+    means = np.array([losses[here, i].mean() for i, here in enumerate(ran.T)])
+    least = int(np.where(counts == counts.max(), means, math.inf).argmin())
+    around = slice(max(0, least - 1), least + 2)
+    seeds, rates = np.nonzero(ran[:, around])
+    found = losses[:, around][seeds, rates]
+    which = np.hstack([np.eye(len(losses))[seeds], np.eye(3)[rates]])         # a seed's, a rate's
+    parts = np.linalg.lstsq(which, found, rcond=None)[0]
+    beyond = parts[:len(losses)] - parts[:len(losses)].mean()
+    noise, freedom = found - which @ parts, len(found) - np.linalg.matrix_rank(which)
+    if freedom < 1:
+        raise ValueError("too few runs around the least loss to know their noise: "
+                         f"{len(found)} runs of {len(losses)} seeds")
+    curve = np.array([(losses[here, i] - beyond[here]).mean() for i, here in enumerate(ran.T)])
     rng = np.random.default_rng(seed)
-    scale = spread * np.sqrt(freedom / rng.chisquare(freedom, (DRAWS, 1)))
+    scale = np.sqrt((noise ** 2).sum() / rng.chisquare(freedom, (DRAWS, 1)) / counts)
     return curve, curve + scale * rng.standard_normal((DRAWS, len(curve)))
 
 
-def _of_draws(middle, draws, confidence):
+def _of_draws(middle, draws, confidence, least=0.0):
     """The middle of the draws; a draw of which nothing is known may be at either end."""
-    low, high = (np.quantile(np.nan_to_num(draws, nan=end, posinf=math.inf), at, method=way)
-                 for end, at, way in ((0.0, (1 - confidence) / 2, "lower"),
+    low, high = (np.quantile(np.where(np.isnan(draws), end, draws), at, method=way)
+                 for end, at, way in ((least, (1 - confidence) / 2, "lower"),
                                       (math.inf, (1 + confidence) / 2, "higher")))
     return Interval(float(middle), min(float(low), middle), max(float(high), middle))
 

@@ -1,8 +1,8 @@
 """MiniLM, 384 wide: LoRA's best rate over that of full fine-tuning, which a law had predicted.
 
-`python -m lora_lib.experiments.minilm_rates` takes about twenty minutes on one core. The task is that
-of `lora_lib.experiments.real`, the liked words; a seed draws the test words, the adapter and the
-order, and the validation words choose the rates. The law, the prediction and its margin are in
+`python -m lora_lib.experiments.minilm_rates` takes about twenty minutes on one core. The task is
+that of `lora_lib.experiments.real`, the liked words; a seed draws the test words, the adapter and
+the order, and the validation words choose the rates. The law, the prediction and its margin are in
 `lora_lib.experiments.widths`.
 """
 

@@ -53,7 +53,8 @@ MORE_RANK = Claim("if rank 4 underfits, a higher rank helps", "7",
 
 @dataclass(frozen=True)
 class Grid:
-    """The runs of one method: its rates (n,), and the losses (seeds, n) on validation and test."""
+    """The runs of one method: its rates (n,), and the losses (seeds, n) on validation and test,
+    nan where a seed has not been run."""
 
     rates: tuple[float, ...]
     valid: np.ndarray
@@ -61,18 +62,39 @@ class Grid:
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> "Grid":
-        """The runs in these rows of one method, at the rates that all of its seeds have."""
+        """The runs in these rows of one method."""
         rows = list(rows)
-        lrs, valid = table(rows, "valid")
-        return cls(lrs, valid, table(rows, "loss")[1])
+        lrs, valid = table(rows, "valid", shared=False)
+        return cls(lrs, valid, table(rows, "loss", shared=False)[1])
+
+    @property
+    def shared(self) -> np.ndarray:
+        """The rates (n,) that every seed has: whether each is one. Raises ValueError for none."""
+        shared = ~np.isnan(self.valid).any(axis=0)
+        if not shared.any():
+            raise ValueError(f"no rate of {self.rates} has been run by every seed")
+        return shared
+
+    @property
+    def best(self) -> float:
+        """The rate of the least mean loss on validation, of those that every seed has."""
+        return self.rates[np.where(self.shared, self.valid, np.inf).mean(axis=0).argmin()]
 
     def own(self) -> np.ndarray:
-        """The test loss of each seed (seeds,) at the rate that its validation examples choose."""
-        return self.test[np.arange(len(self.test)), self.valid.argmin(axis=1)]
+        """The test loss of each seed (seeds,) at the rate that its validation examples choose, of
+        those that every seed has."""
+        chosen = np.where(self.shared, self.valid, np.inf).argmin(axis=1)
+        return self.test[np.arange(len(self.test)), chosen]
 
-    def near(self, rate: float) -> np.ndarray:
-        """The test loss of each seed (seeds,) at the grid's rate nearest to this one."""
-        return self.test[:, np.abs(np.log(np.asarray(self.rates) / rate)).argmin()]
+    def at(self, rate: float) -> np.ndarray:
+        """The test loss of each seed (seeds,) at this rate.
+
+        Raises ValueError where a seed has not been run there.
+        """
+        here = self.shared & np.isclose(self.rates, rate)
+        if not here.any():
+            raise ValueError(f"not every seed has been run at {rate:g}")
+        return self.test[:, here.argmax()]
 
     @property
     def curve(self) -> tuple[np.ndarray, tuple[float, ...]]:
@@ -89,7 +111,6 @@ def judged(grid: Callable[[str, int], Grid], model: str) -> list[Verdict]:
     """The claims on one model: grid(scheme, rank) or grid("full", 0) gives its runs."""
     full = grid(*FULL)
     ranks = lambda of: lambda confidence: {f"rank {r}": of(r, confidence) for r in RANKS}
-    best = best_rate(*full.curve).middle
     low, high, high_root, high_double = (
         grid(FIXED, 4), grid(FIXED, 64), grid(ROOT, 64), grid(DOUBLE, 64))
     usual = USUAL.across(ranks(lambda r, c: best_rate(*grid(DOUBLE, r).curve, confidence=c)),
@@ -104,7 +125,7 @@ def judged(grid: Callable[[str, int], Grid], model: str) -> list[Verdict]:
         TENFOLD.judged(times(grid(FIXED, 16), full), form=".2g"),
         usual,
         FROM_FULL.across(ranks(lambda r, c: ratio(
-            grid(DOUBLE, r).near(best) / grid(DOUBLE, r).own(), c)), form=".2f"),
+            grid(DOUBLE, r).at(full.best) / grid(DOUBLE, r).own(), c)), form=".2f"),
         ONLY_RATE.judged(by_seeds(high.own() - high_double.own()), form="+.3f"),
         ROOT_LEARNS.judged(by_seeds(high.own() - high_root.own()), form="+.3f"),
         MORE_RANK.across(lambda c: {s: by_seeds(grid(s, 4).own() - grid(s, 64).own(), c)

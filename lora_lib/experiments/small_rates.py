@@ -34,10 +34,14 @@ def rows(scheme: str, rank: int = 0) -> list:
 
 
 def points() -> list[dict]:
-    """Every method at every rate of its grid, as far as it is known by now."""
+    """Every method at every rate of its grid, as far as it is known by now, and LoRA at the rate
+    that is best for full fine-tuning."""
     methods = [FULL, *((scheme, rank) for scheme in SCHEMES for rank in RANKS)]
-    return by_seed(SETTING | method(*m) | {"lr": lr, "seed": seed} for m in methods
-                   for seed, lr in narrowed(rows(*m), SEEDS, FULL_RATES if m == FULL else RATES))
+    found = [(m, seed, lr) for m in methods
+             for seed, lr in narrowed(rows(*m), SEEDS, FULL_RATES if m == FULL else RATES)]
+    found += [((scheme, rank), seed, Grid.of(rows(*FULL)).best) for scheme in SCHEMES
+              for rank in RANKS for seed in SEEDS if rows(*FULL)]
+    return by_seed(SETTING | method(*m) | {"lr": lr, "seed": seed} for m, seed, lr in found)
 
 
 def grid(scheme: str, rank: int = 0) -> Grid:

@@ -7,7 +7,7 @@ method's grid of rates goes on until its best is inside; after the first seed th
 
 from lora_lib.experiments import rates, widths
 from lora_lib.experiments.claims import Verdict
-from lora_lib.experiments.rates import FIXED, FULL, RANKS, SCHEMES, Grid, times
+from lora_lib.experiments.rates import DOUBLE, FIXED, FULL, RANKS, SCHEMES, Grid, times
 from lora_lib.experiments.smol import trial
 from lora_lib.experiments.sweep import by_seed, grow, narrowed, read_if_any, select
 
@@ -38,11 +38,14 @@ def rows(scheme: str, rank: int) -> list:
 
 
 def points() -> list[dict]:
-    """Every method at every rate of its grid, as far as it is known by now, a seed at a time."""
+    """Every method at every rate of its grid, as far as it is known by now, and LoRA with
+    alpha = 2r at the rate that is best for full fine-tuning; a seed at a time."""
     methods = [FULL, *((scheme, rank) for scheme in SCHEMES for rank in RANKS)]
-    found = [{"name": TASK, **method(*m), "lr": lr, "seed": seed} for m in methods
+    found = [(m, seed, lr) for m in methods
              for seed, lr in narrowed(rows(*m), SEEDS, BEGIN[m[0] if m == FULL else scaling(*m)])]
-    return by_seed(found)
+    found += [((DOUBLE, rank), seed, Grid.of(rows(*FULL)).best) for rank in RANKS
+              for seed in SEEDS if rows(*FULL)]
+    return by_seed({"name": TASK, **method(*m), "lr": lr, "seed": seed} for m, seed, lr in found)
 
 
 def grid(scheme: str, rank: int) -> Grid:

@@ -124,18 +124,20 @@ def by_seed(points: Iterable[dict]) -> list[dict]:
     return sorted(once.values(), key=lambda point: point["seed"])
 
 
-def table(rows: Iterable[Row], what: str) -> tuple[tuple[float, ...], np.ndarray]:
-    """The rates (n,) at which every seed has run, in order, and a result of theirs (seeds, n).
+def table(rows: Iterable[Row], what: str, *,
+          shared: bool = True) -> tuple[tuple[float, ...], np.ndarray]:
+    """The rates (n,) at which every seed has run, in order, and a result of theirs (seeds, n). If
+    not `shared`, the rates of any seed, and nan where another has no row.
 
     Raises ValueError when there is none.
     """
     found = {(row["seed"], row["lr"]): row[what] for row in rows}
-    seeds = sorted({seed for seed, _ in found})
-    rates = [lr for lr in sorted({lr for _, lr in found})
-             if all((seed, lr) in found for seed in seeds)]
+    seeds, rates = (sorted({key[i] for key in found}) for i in (0, 1))
+    rates = [lr for lr in rates if not shared or all((seed, lr) in found for seed in seeds)]
     if not rates:
         raise ValueError(f"no rate at which every seed has {what!r}")
-    return tuple(rates), np.array([[found[seed, lr] for lr in rates] for seed in seeds])
+    return tuple(rates), np.array([[found.get((seed, lr), math.nan) for lr in rates]
+                                   for seed in seeds])
 
 
 def interval(values) -> tuple[float, float]:

@@ -21,11 +21,10 @@ Coarse grids of chapters 10 and 14 were known: SmolLM2 at alpha = 2r had its bes
 
 from functools import partial
 
-import numpy as np
 import torch
 
 from lora_lib.experiments.claims import Claim, Verdict
-from lora_lib.experiments.intervals import Interval, best_rates, by_seeds
+from lora_lib.experiments.intervals import Interval, rate_slope
 from lora_lib.experiments.rates import Grid, times
 from lora_lib.experiments.sweep import by_seed, grow, narrowed, read_if_any, select
 from lora_lib.experiments.trial import on_redrawn
@@ -119,11 +118,9 @@ def ratio_at(width: int) -> Interval:
 
 
 def slope() -> Interval:
-    """The slope of log(ratio) against log(width), by least squares over the widths, of each seed's
-    own best rates; Student's t over the seeds."""
-    ratios = np.array([best_rates(*grid(width, "LoRA").curve) / best_rates(
-        *grid(width, "full").curve) for width in WIDTHS])                     # (widths, seeds)
-    return by_seeds(np.polyfit(np.log(WIDTHS), np.log(ratios), 1)[0])
+    """The slope of log(ratio) against log(width), by least squares over the widths."""
+    return rate_slope(WIDTHS, [(grid(width, "LoRA").curve, grid(width, "full").curve)
+                               for width in WIDTHS])
 
 
 def judged() -> list[Verdict]:

@@ -80,6 +80,45 @@ def test_the_best_rate_is_held_and_so_is_the_ratio_of_two(bend, seeds):
     assert held(two, 2**1.7, 200) >= 0.92
 
 
+@pytest.mark.parametrize("bend", [0.05, 0.2])
+def test_it_is_held_where_later_seeds_have_three_rates_around_the_firsts_best(bend):
+    def curve(rng, best):
+        noise = 0.02 * rng.standard_normal((3, 6)) + 0.1 * rng.standard_normal((3, 1))
+        losses = bend * (np.arange(6) - best) ** 2 + noise
+        first = losses[0].argmin()
+        losses[1:, np.abs(np.arange(6) - first) > 1] = math.nan
+        return losses
+    assert held(lambda rng: i.best_rate(curve(rng, 2.3), RATES), 1e-3 * 2**2.3) >= 0.92
+    two = lambda rng: i.rate_ratio(curve(rng, 3.4), RATES, curve(rng, 1.7), RATES)
+    assert held(two, 2**1.7, 200) >= 0.92
+
+
+def test_a_seeds_own_height_is_not_taken_for_the_curves():
+    losses = np.tile((np.arange(5) - 2.0) ** 2, (2, 1)) + np.array([[0.0], [9.0]])
+    losses[1, [0, 4]] = math.nan                                # the second seed is far above
+    noise = 0.001 * np.random.default_rng(0).standard_normal(losses.shape)
+    found = i.best_rate(losses + noise, RATES[:5])
+    assert found.middle == pytest.approx(4e-3, rel=0.01) and found.high < 4.2e-3
+    with pytest.raises(ValueError, match="4 runs of 2 seeds"):
+        i.best_rate([[1, 0, 1, 2], [math.nan, 5, math.nan, math.nan]], RATES[:4])
+
+
+def test_a_slope_of_ratios_is_held():
+    sizes = np.array([50, 100, 200, 400])
+
+    def pair(rng, size):
+        noise = lambda: 0.01 * rng.standard_normal((3, 6)) + 0.1 * rng.standard_normal((3, 1))
+        best = 1.5 + 0.5 * np.log2(size / 50)
+        return ((0.1 * (np.arange(6) - best) ** 2 + noise(), RATES),
+                (0.1 * (np.arange(6) - 2.2) ** 2 + noise(), RATES))
+    slope = lambda rng: i.rate_slope(sizes, [pair(rng, size) for size in sizes])
+    assert held(slope, 0.5, 100) >= 0.9
+    rng = np.random.default_rng(0)
+    falling = (-np.arange(6.0) + 0.01 * rng.standard_normal((3, 6)), RATES)
+    unknown = i.rate_slope(sizes, [pair(rng, size) for size in sizes[:3]] + [(falling, falling)])
+    assert unknown.low == -math.inf and unknown.high == math.inf
+
+
 def test_on_a_plateau_the_best_rate_is_anywhere():
     rng = np.random.default_rng(0)
     flat = [i.best_rate(0.02 * rng.standard_normal((3, 6)), RATES) for _ in range(100)]

@@ -88,6 +88,9 @@ def test_a_table_has_the_rates_that_every_seed_has():
     lrs, losses = sweep.table(rows, "loss")
     assert lrs == (1e-3, 2e-3)
     np.testing.assert_array_equal(losses, [[0, 1], [10, 11]])
+    lrs, losses = sweep.table(rows, "loss", shared=False)
+    assert lrs == (1e-3, 2e-3, 4e-3)
+    np.testing.assert_array_equal(losses, [[0, 1, np.nan], [10, 11, 12]])
     with pytest.raises(ValueError, match="no rate at which every seed"):
         sweep.table([], "loss")
 
@@ -118,7 +121,7 @@ def test_the_claims_on_rates_follow_what_is_planted():
     """Best rates that do not move at alpha / r and do at alpha / sqrt(r), ten times full's."""
     def best(scheme, rank):
         s = {"full": 1, rates.FIXED: 1, rates.DOUBLE: rank**0.5, rates.ROOT: rank**0.5}[scheme]
-        return 3e-4 if scheme == "full" else 3.2e-3 / s
+        return 4e-4 if scheme == "full" else 3.2e-3 / s
     found = {v.claim: v.verdict for v in rates.judged(planted(best), "SmolLM2")}
     assert found[rates.NORMAL.text] == HOLDS and found[rates.NORMAL_ROOT.text] == DOES_NOT
     assert found[rates.HIGHER.text] == found[rates.TENFOLD.text] == HOLDS
@@ -140,7 +143,13 @@ def test_a_rate_is_chosen_on_validation_and_judged_on_the_test():
     test = np.array([[10., 20, 30], [40, 50, 60]])
     grid = rates.Grid((1e-3, 2e-3, 4e-3), valid, test)
     np.testing.assert_array_equal(grid.own(), [20, 40])
-    np.testing.assert_array_equal(grid.near(3.9e-3), [30, 60])
+    np.testing.assert_array_equal(grid.at(4e-3), [30, 60])
+    assert grid.best == 2e-3
+    partly = rates.Grid((1e-3, 2e-3, 4e-3), valid + [[0, 0, 0], [np.nan, 0, 0]], test)
+    np.testing.assert_array_equal(partly.own(), [20, 50])        # of what both have
+    for rate in (1e-3, 8e-3):
+        with pytest.raises(ValueError, match="not every seed has been run at"):
+            partly.at(rate)
 
 
 def test_the_law_of_widths():
