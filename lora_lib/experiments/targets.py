@@ -26,10 +26,11 @@ import numpy as np
 from lora_lib.experiments import small_rates
 from lora_lib.experiments.claims import Claim, Verdict
 from lora_lib.experiments.intervals import by_seeds
-from lora_lib.experiments.rates import DOUBLE, Grid
+from lora_lib.experiments.rates import DOUBLE
 from lora_lib.experiments.small_rates import SEEDS, SETTING
 from lora_lib.experiments.smol_studies import FEED_FORWARD, QV, lora
-from lora_lib.experiments.sweep import Row, by_seed, grow, narrowed, read_if_any, select, table
+from lora_lib.experiments.sweep import (Row, by_seed, column, grow, narrowed, read_if_any, select,
+                                        table)
 from lora_lib.experiments.trial import adapted, bits_known, redrawn, train
 from lora_lib.tasks import BITS_PER_PERSON, Task, biographies
 from lora_lib.torch import mean_loss
@@ -97,20 +98,28 @@ def facts_points() -> list[dict]:
                    for seed, lr in narrowed(rows(FACTS, t), SEEDS, BEGIN[FACTS]))
 
 
-def grid(task: str, targets: str) -> Grid:
+def shared(task: str, targets: str) -> list[Row]:
     """The runs of a choice at the rates that all its seeds have."""
-    return Grid.of(rows(task, targets))
+    runs = rows(task, targets)
+    seeds = {row["seed"] for row in runs}
+    return [row for row in runs if {other["seed"] for other in select(runs, lr=row["lr"])} == seeds]
+
+
+def chosen(task: str, targets: str) -> list[Row]:
+    """Each seed's run, in order, at its own rate: the least loss on its validation examples."""
+    runs = shared(task, targets)
+    return [min(select(runs, seed=seed), key=lambda row: row["valid"])
+            for seed in sorted({row["seed"] for row in runs})]
 
 
 def reached(task: str, targets: str) -> np.ndarray:
     """The test loss of every seed (seeds,) at its own rate."""
-    return grid(task, targets).own()
+    return column(chosen(task, targets), "loss")
 
 
 def known(targets: str) -> np.ndarray:
     """The share of the facts' bits that every seed (seeds,) knows at its own rate."""
-    valid, shares = (table(rows(FACTS, targets), what)[1] for what in ("valid", "known"))
-    return shares[np.arange(len(valid)), valid.argmin(axis=1)]
+    return column(chosen(FACTS, targets), "known")
 
 
 # ------------------------------------------------- what is forgotten where as much has been learned
@@ -119,7 +128,7 @@ FRONT = ("q,v", "all")
 
 def front(task: str, targets: str) -> tuple[np.ndarray, np.ndarray]:
     """The losses on the task and on tales (seeds, n), rates in order: more learned, more lost."""
-    runs = rows(task, targets)
+    runs = shared(task, targets)
     return table(runs, "loss")[1], table(runs, "tales")[1]
 
 
@@ -147,10 +156,11 @@ def crossings(task: str, targets: str) -> np.ndarray:
 
 def lower_points() -> list[dict]:
     """A lower rate for all seeds of a front that does not begin above the common loss."""
-    return by_seed(SETTING | {"name": task} | lora(t, EQUAL[t])
-                   | {"lr": grid(task, t).rates[0] / 2, "seed": seed}
-                   for task in TASKS for t in FRONT if np.isnan(crossings(task, t)).any()
-                   for seed in SEEDS)
+    lower = [(task, t, min(column(shared(task, t), "lr")) / 2) for task in TASKS for t in FRONT
+             if np.isnan(crossings(task, t)).any()]
+    return by_seed(SETTING | {"name": task} | lora(t, EQUAL[t]) | {"lr": lr, "seed": seed}
+                   for task, t, lr in lower for seed in SEEDS
+                   if not select(rows(task, t), lr=lr, seed=seed))
 
 
 # ---------------------------------------------------------------------------------- the verdicts

@@ -8,6 +8,8 @@ import pytest
 from lora_lib.experiments import small_rates
 from lora_lib.experiments import targets as t
 from lora_lib.experiments.claims import DOES_NOT, HOLDS, UNDECIDED
+from lora_lib.experiments.rates import Grid
+from lora_lib.experiments.sweep import table
 from lora_lib.experiments.trial import adapted
 from lora_lib.torch import lora_parameters
 
@@ -43,8 +45,9 @@ def test_every_choice_has_five_seeds_with_three_rates_or_more(monkeypatch):
     kept = plant(monkeypatch, lambda row: 1.0)
     for task in t.BEGIN:
         for targets in t.TOGETHER if task == t.FACTS else t.EQUAL:
-            grid = t.grid(task, targets)
-            assert grid.test.shape[0] == 5 and 0 < grid.valid.mean(axis=0).argmin() < grid.test.shape[1]
+            rates, losses = table(t.shared(task, targets), "valid")
+            assert losses.shape[0] == 5 and 0 < losses.mean(axis=0).argmin() < len(rates) - 1
+            assert (t.reached(task, targets) == Grid.of(t.rows(task, targets)).own()).all()
     taken = [row for row in kept[t.NAME] if (row["name"], row["targets"]) == (t.FOLLOW, "all")]
     assert {row["lr"] for row in taken} <= {2e-3, 1e-3}         # `small_rates` has the others
 
