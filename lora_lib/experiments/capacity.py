@@ -16,6 +16,7 @@ number), and one seed's look at this design with all words as answers: 0.25 bits
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -103,6 +104,7 @@ def prepare(kind: str, size: int, *, seed: int = 0, dtype: str = "float32") -> L
     return top
 
 
+@lru_cache
 def numbers(kind: str, size: int) -> int:
     """How many numbers are trained."""
     config = base().config

@@ -254,7 +254,7 @@ def judged() -> list[Verdict]:
         reached(task, method, "match"), of * reached(task, FULL, "match"), PAIRS, c)
     good = [claim.across(lambda c, task=task: {f"rank {m[1]}": by_seeds(behind(task, m), c)
                                                for m in (LOW, HIGH)}, form="+.3f",
-                         condition="its {}",
+                         condition="it has {}",
                          note="" if task == DOMAIN else
                          f"right answers at rank 16, {right(task, HIGH).text()}")
             for task, claim in GOOD.items()]
