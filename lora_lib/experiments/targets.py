@@ -164,27 +164,45 @@ def lower_points() -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------- the verdicts
-def judged() -> list[Verdict]:
-    """The claims on targets, on paired differences over the seeds."""
-    between = lambda task, one, other: reached(task, one) - reached(task, other)
+def _minus(task, one, other, confidence):
+    return by_seeds(reached(task, one) - reached(task, other), confidence)
+
+
+def together() -> list[Verdict]:
+    """The claims on the choices to choose from, on paired differences over the seeds."""
     against = lambda one: lambda confidence: {
-        f"{task}, {t}": by_seeds(between(task, one, t), confidence)
+        f"{task}, {t}": _minus(task, one, t, confidence)
         for task in BEGIN for t in TOGETHER if t != one}
     return [
         QV.across(against("q,v"), form="+.3f", condition="compared on {}"),
         ALL.across(against("all"), form="+.3f", condition="compared on {}"),
-        FEED_FORWARD.across(lambda c: {task: by_seeds(between(task, "q,k,v,o", "all"), c)
-                                       for task in BEGIN}, form="+.3f",
-                            condition="the task is {}"),
-        LOOK_FOR.judged(by_seeds(between(LOOK, "v", "q")), form="+.3f"),
-        K_LESS.across(lambda c: {task: by_seeds(between(task, "k", "q"), c) for task in TASKS},
+        FEED_FORWARD.across(lambda c: {task: _minus(task, "q,k,v,o", "all", c) for task in BEGIN},
+                            form="+.3f", condition="the task is {}"),
+    ]
+
+
+def alone() -> list[Verdict]:
+    """The claims on one projection alone."""
+    return [
+        LOOK_FOR.judged(by_seeds(reached(LOOK, "v") - reached(LOOK, "q")), form="+.3f"),
+        K_LESS.across(lambda c: {task: _minus(task, "k", "q", c) for task in TASKS},
                       form="+.3f", condition="the task is {}"),
-        O_LESS.across(lambda c: {f"{task}, {t}": by_seeds(between(task, "o", t), c)
+        O_LESS.across(lambda c: {f"{task}, {t}": _minus(task, "o", t, c)
                                  for task in TASKS for t in ("q", "v")},
                       form="+.3f", condition="compared on {}"),
-        CAREFUL.across(lambda c: {task: by_seeds(crossings(task, "all") - crossings(task, "q,v"), c)
-                                  for task in TASKS}, condition="the task is {}"),
     ]
+
+
+def careful() -> Verdict:
+    """The claim on what few targets forget."""
+    return CAREFUL.across(
+        lambda c: {task: by_seeds(crossings(task, "all") - crossings(task, "q,v"), c)
+                   for task in TASKS}, condition="the task is {}")
+
+
+def judged() -> list[Verdict]:
+    """Every claim on targets."""
+    return [*together(), *alone(), careful()]
 
 
 if __name__ == "__main__":
