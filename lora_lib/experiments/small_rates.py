@@ -49,7 +49,7 @@ def grid(scheme: str, rank: int = 0) -> Grid:
     return Grid.of(rows(scheme, rank))
 
 
-def judged() -> list[Verdict]:
+def verdicts() -> list[Verdict]:
     """The claims of `lora_lib.experiments.rates` on the small model."""
     return rates.judged(grid, "small")
 
