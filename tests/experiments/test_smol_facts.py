@@ -16,8 +16,13 @@ from lora_lib.tasks import BIOGRAPHY, BITS_PER_PERSON, biographies
 from lora_lib.torch import fine_tune
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(smollm2.folder())
+
+
 @pytest.fixture
-def model(monkeypatch):
+def model(tokenizer, monkeypatch):
     """A tiny model in the place of SmolLM2, with its tokens."""
     torch.manual_seed(0)
     made = LlamaForCausalLM(LlamaConfig(
@@ -25,7 +30,7 @@ def model(monkeypatch):
         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)).eval()
     with torch.no_grad():
         made.lm_head.weight *= 50                           # else its states are hardly there
-    made.tokenizer = AutoTokenizer.from_pretrained(smollm2.folder())
+    made.tokenizer = tokenizer
     monkeypatch.setattr(smol_facts, "base", lambda: made)
     return made
 

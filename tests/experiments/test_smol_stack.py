@@ -1,5 +1,7 @@
 """Two adapters in force on SmolLM2: each way to combine beside PEFT's, and verdicts as planted."""
 
+from functools import lru_cache
+
 import numpy as np
 import pytest
 import torch
@@ -16,13 +18,16 @@ PEFT = {"sum": ("cat", None), "SVD": ("svd", 16), "TIES": ("ties_svd", 32),
         "DARE": ("dare_linear_svd", 32)}
 
 
+tokenizer = lru_cache(lambda: AutoTokenizer.from_pretrained(smollm2.folder()))
+
+
 def tiny(seed=0):
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=1, num_key_value_heads=1, tie_word_embeddings=True)).eval()
     model.generation_config.pad_token_id = model.generation_config.eos_token_id = None
-    model.tokenizer = AutoTokenizer.from_pretrained(smollm2.folder())
+    model.tokenizer = tokenizer()
     return model
 
 
