@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lora_lib.experiments import claims, foundations, sweep
+from lora_lib.experiments import claims, foundations, sweep, targets, trial
 
 MODULES = sorted(path.stem for path in (sweep.RESULTS.parent).glob("*.py")
                  if "def verdicts" in path.read_text("utf8"))
@@ -19,6 +19,8 @@ def keys(function, points):
 
 @pytest.mark.parametrize("function, points, name", [
     (foundations.trial, foundations.points, "foundations"),
+    (trial.redrawn, lambda: targets.points(targets.TOGETHER), "targets"),
+    (targets.facts, targets.facts_points, "targets_facts"),
 ])
 def test_every_point_has_been_run(function, points, name):
     signature = inspect.signature(function)

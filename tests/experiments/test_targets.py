@@ -35,6 +35,10 @@ def plant(monkeypatch, loss, tales=lambda row: 2.0):
     return kept
 
 
+def everything():
+    return [*t.together(), *t.alone(), t.careful()]
+
+
 def test_choices_are_compared_at_one_budget():
     for targets, rank in t.EQUAL.items():
         count = sum(p.numel() for p in lora_parameters(adapted(targets, rank, 2 * rank)))
@@ -58,7 +62,7 @@ def test_claims_follow_the_rows(monkeypatch):
             (t.FOLLOW, "k"): 0.1, (t.FACTS, "all"): -0.2}
     forgets = lambda row: 2 + 40 * row["lr"] * (1 + (row["targets"] == "q,v"))
     plant(monkeypatch, lambda row: 1 + gaps.get((row["name"], row["targets"]), 0), forgets)
-    found = {v.claim: v.verdict for v in t.judged()}
+    found = {v.claim: v.verdict for v in everything()}
     assert len(found) == 7
     assert found[t.QV.text].startswith("holds if compared on ")
     assert f"{t.LOOK}, mlp" in found[t.QV.text] and f"{t.FACTS}, all" not in found[t.QV.text]
@@ -72,7 +76,7 @@ def test_claims_follow_the_rows(monkeypatch):
 def test_noise_decides_nothing(monkeypatch):
     noise = lambda row: 0.1 * np.random.default_rng([row["seed"], row["rank"]]).normal()
     plant(monkeypatch, lambda row: 1 + noise(row))
-    found = {v.claim: v.verdict for v in t.judged()}
+    found = {v.claim: v.verdict for v in everything()}
     assert found[t.QV.text] == found[t.ALL.text] == found[t.FEED_FORWARD.text] == UNDECIDED
 
 
