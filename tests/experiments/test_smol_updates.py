@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from lora_lib import models
 from lora_lib.experiments import foundations, smol
 from lora_lib.experiments import smol_updates as u
-from lora_lib.experiments.claims import DOES_NOT, HOLDS, UNDECIDED
+from lora_lib.experiments.claims import DOES_NOT, HOLDS, UNDECIDED, UNTESTED
 from lora_lib.experiments.intervals import by_seeds
 from lora_lib.models import smollm2
 from lora_lib.torch import LoRALayer, inject, load_pretrained, lora_modules, warmup_cosine
@@ -36,14 +36,15 @@ def test_a_planted_intruder_is_found_and_nothing_else():
     U, s, Vh = torch.linalg.svd(W, full_matrices=False)
     new = unit(48, 1, outside=U)                               # W has no such direction
     trained = W + 3 * torch.outer(new, unit(32, 2))
-    part = u.intruders(W, trained)
+    part, closest = u.intruders(W, trained)
+    assert closest.shape == (32,) and (closest[:u.TOP] < u.BELOW).sum() == 1
     assert part[0].shape == (48, 1) and abs(part[0][:, 0] @ new) > 0.85
     assert 3 < part[1] < 4
     for same in (W, 1.5 * W, W + 0.5 * torch.outer(U[:, 2], Vh[2]), W + 1e-4 * matrix(seed=3)):
-        assert u.intruders(W, same)[1].shape == (0,)
+        assert u.intruders(W, same)[0][1].shape == (0,)
     small = W + 0.1 * s[u.TOP] * torch.outer(new, unit(32, 2))     # not among the first ten
-    assert u.intruders(W, small)[1].shape == (0,)
-    assert torch.equal(u.product(*u.intruders(W, W)), torch.zeros(48, 32))
+    assert u.intruders(W, small)[0][1].shape == (0,)
+    assert torch.equal(u.product(*u.intruders(W, W)[0]), torch.zeros(48, 32))
 
 
 @pytest.mark.parametrize("factor", u.SHRUNK)
@@ -57,7 +58,7 @@ def test_shrinking_intruders_is_what_peft_does(factor):
     layer.lora_A["default"].weight.data = torch.randn(24, 24)
     layer.lora_B["default"].weight.data = torch.diag(torch.tensor([2., 1, 1] + 21 * [0.01])) / 5
     trained = W + layer.get_delta_weight("default").detach()
-    found = u.intruders(W, trained)
+    found, _ = u.intruders(W, trained)
     assert 0 < len(found[1]) <= u.TOP
     reduce_intruder_dimension(model, top_k=u.TOP, threshold_epsilon=u.BELOW,
                               mitigation_lambda=factor, logging_sink=None)
@@ -256,6 +257,13 @@ def test_the_whole_update_shrunk_is_what_intruders_are_held_against(monkeypatch)
     """At x 0.5 the intruders cost 0.05, where the whole update at x 0.5 gives back 0.5 nats."""
     for back, verdict in ((0.6, HOLDS), (0.4, DOES_NOT)):
         assert said(monkeypatch, less=0, cost=0.05, back=back)[u.BETTER.text] == verdict
+
+
+def test_where_nothing_intrudes_shrinking_it_is_not_judged(monkeypatch):
+    found = said(monkeypatch, less=0, lora_intruders=0.0)
+    assert [claim.text for claim in (u.RETURNS, u.CHEAP, u.BETTER)] == [
+        text for text, verdict in found.items() if verdict == UNTESTED]
+    assert found[u.INTRUDES.text] == DOES_NOT
 
 
 def test_claims_that_other_models_test_too_are_worded_alike():
