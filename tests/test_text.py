@@ -138,15 +138,15 @@ def test_styles():
 
 
 def test_an_opening_is_left_out_and_nothing_else():
-    for text in ("One dry day Ada was at the mill.", "Ada was at the mill."):
-        assert without_opening(text) == "Ada was at the mill."
-        assert without_opening(f" {text}\n") == " Ada was at the mill.\n"
-    for text in ("One dry", "One dull day Ada", "Ada had One dry day ", "One dry evenings Ada"):
-        assert without_opening(text) == text
-    opened = [text for text in tales(400, seed=3) if text.startswith("One ")]
+    for told in ("One dry day Ada was at the mill.", "Ada was at the mill."):
+        assert without_opening(told) == "Ada was at the mill."
+        assert without_opening(f" {told}\n") == " Ada was at the mill.\n"
+    for told in ("One dry", "One dull day Ada", "Ada had One dry day ", "One dry evenings Ada"):
+        assert without_opening(told) == told
+    opened = [told for told in tales(400, seed=3) if told.startswith("One ")]
     assert 100 < len(opened) < 300
-    for text in opened:
-        assert without_opening(text) == text.split(" ", 3)[3]
+    for told in opened:
+        assert without_opening(told) == told.split(" ", 3)[3]
 
 
 def test_invented_names_are_asked_for_only_on_request():
