@@ -12,8 +12,6 @@ and times within 5 %. We expected:
 """
 
 import copy
-import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 from lora_lib.experiments.claims import Claim, Verdict
 from lora_lib.experiments.intervals import by_seeds, ratio
+from lora_lib.experiments.latency import medians
 from lora_lib.experiments.sweep import (Row, by_seed, column, grow, main, narrowed, read,
                                         read_if_any, select, table)
 from lora_lib.experiments.trial import adapted, base, made, on_redrawn
@@ -156,23 +155,6 @@ def trial(name: str, method: str, lr: float, steps: int = STEPS, batch_size: int
     return found | {"not linear": min(not_linear(model, tokens), default=0.0)}
 
 
-def _medians(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """The median time of each call, without the first fifth, each round in an order of its own.
-
-    In one order for all rounds a call would always find the cache as the same other one left it.
-    It is the processor's time: on one thread that is the time on a free core, and what else the
-    machine does is not in it.
-    """
-    taken = {name: [] for name in calls}
-    rng = np.random.default_rng(0)
-    for _ in range(rounds):
-        for name in rng.permutation(list(calls)):
-            begin = time.process_time()
-            calls[name]()
-            taken[name].append(time.process_time() - begin)
-    return {name: float(np.median(times[rounds // 5:])) for name, times in taken.items()}
-
-
 def call_times(seed: int, rounds: int = 200) -> dict[str, float]:
     """One token through the model with each kind of adapter, over the time of the bare model.
 
@@ -186,7 +168,7 @@ def call_times(seed: int, rounds: int = 200) -> dict[str, float]:
               for name in np.random.default_rng(seed).permutation(list(kinds))}
     token = torch.tensor([[2]])
     with torch.no_grad():
-        times = _medians({name: lambda model=model: model.eval()(token)
+        times = medians({name: lambda model=model: model.eval()(token)
                           for name, model in models.items()}, rounds)
     return {name: value / times["base"] for name, value in times.items() if name != "base"}
 
@@ -203,7 +185,7 @@ def step_time(seed: int, rounds: int = 15) -> float:
             optimizer.step()
             optimizer.zero_grad()
         return call
-    times = _medians({method: step(method) for method in METHODS}, rounds)
+    times = medians({method: step(method) for method in METHODS}, rounds)
     return times[BOTTLENECK] / times[LORA]
 
 

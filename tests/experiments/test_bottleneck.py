@@ -100,7 +100,7 @@ def test_times_are_ratios_of_medians_and_every_round_has_its_own_order():
     assert set(times) == {"LoRA merged", "LoRA not merged", "bottleneck"}
     assert times["LoRA not merged"] > times["LoRA merged"] < times["bottleneck"]
     called = []
-    bottleneck._medians({name: lambda name=name: called.append(name) for name in "abc"}, rounds=40)
+    bottleneck.medians({name: lambda name=name: called.append(name) for name in "abc"}, rounds=40)
     rounds = {tuple(called[i:i + 3]) for i in range(0, 120, 3)}
     assert len(rounds) == 6 and all(sorted(each) == ["a", "b", "c"] for each in rounds)
 
