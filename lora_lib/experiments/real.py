@@ -5,8 +5,8 @@ carries; the words and their ratings are vaderSentiment's. `python -m lora_lib.e
 takes half an hour on one core. The rate of each method is the best of a grid on the validation
 words, with seeds 10 and 11; what is compared are the test words of other seeds, drawn anew by each.
 
-The margins were written down before LoRA and full fine-tuning were run with the seeds 20 to 24; known
-were the seeds 0 to 4, and 0 to 29 of the probe. We expected all three claims to hold:
+The margins were written down before LoRA and full fine-tuning were run with the seeds 20 to 24;
+known were the seeds 0 to 4, and 0 to 29 of the probe. We expected all three claims to hold:
 - LoRA's share of right answers is that of full fine-tuning, to 0.02
 - it is above a linear probe's by more than 0.01
 - a probe's share rises by more than 0.005 where families of words are torn
