@@ -13,12 +13,12 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Polygon, Rectangle
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullLocator
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = PALETTE = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS, LINES = "osD^vPX", ("-", "--", "-.", ":")
-FROZEN, GRID = "#B8C4CE", "#DDDDDD"
+FROZEN, GRID, GREY = "#B8C4CE", "#DDDDDD", "#777777"
 
 HOUSE: dict[Any, Any] = {
     "figure.figsize": (6.4, 3.6), "figure.dpi": 150, "figure.constrained_layout.use": True,
@@ -95,37 +95,37 @@ def points(groups: dict, *, ylabel, xlabel=None, title=None, ylim=None, logy=Fal
         _label(ax, xlabel, ylabel, title)
 
 
-def effects(groups: dict, *, colors: dict, markers: dict, width: float = 7.2) -> None:
+def effects(groups: dict, *, markers: dict, width: float = 7.2) -> None:
     """Effects with their intervals, a row and a scale for each label: {label: verdicts}.
 
     A verdict, of `lora_lib.experiments.claims`, has its intervals in `found` and the range that its
-    claim asserts from `least` to `most`, which is shaded. `colors` are by the verdict, `markers` by
-    the model. A scale where all is positive and far apart is logarithmic.
+    claim asserts, from `least` to `most`, which is shaded. An interval inside it is green, outside
+    it red, over an end grey. `markers` are by the model. The scale of a ratio is logarithmic.
     """
     with plt.rc_context(HOUSE):
-        figure, axes = plt.subplots(len(groups), figsize=(width, 0.62 * len(groups)), squeeze=False)
+        _, axes = plt.subplots(len(groups), figsize=(width, 0.62 * len(groups)), squeeze=False)
         for ax, (label, verdicts) in zip(axes[:, 0], groups.items()):
             dots = [(one, verdict) for verdict in verdicts for one in verdict.found.values()]
-            ends = [x for one, _ in dots for x in (one.low, one.middle, one.high)]
-            ends += [x for _, v in dots for x in (v.least, v.most)]
-            ends = [x for x in ends if math.isfinite(x)]
-            log = min(ends) > 0 and max(ends) > 5 * min(ends)
-            scale, back = (math.log, math.exp) if log else (float, float)
-            low, high = scale(min(ends)), scale(max(ends))
-            edge = 0.08 * (high - low)
-            left, right = back(low - edge), back(high + edge)
+            least, most = dots[0][1].least, dots[0][1].most
+            ends = [x for x in (least, most, *(x for one, _ in dots for x in (
+                one.low, one.middle, one.high))) if math.isfinite(x)]
+            ratio = min(ends) > 0 and min(x for x in (least, most) if math.isfinite(x)) > 0.25
+            scale, back = (math.log, math.exp) if ratio else (float, float)
+            edge = 0.08 * (scale(max(ends)) - scale(min(ends)))
+            left, right = back(scale(min(ends)) - edge), back(scale(max(ends)) + edge)
             inside = lambda x: min(max(x, left), right)
+            ax.axvspan(inside(least), inside(most), color=FROZEN, alpha=0.35, linewidth=0)
             for i, (one, verdict) in enumerate(dots):
-                color = colors[verdict.verdict.split(" if ")[0]]
+                color = (GREEN if least <= one.low and one.high <= most else
+                         RED if one.high < least or one.low > most else GREY)
                 ax.plot([inside(one.low), inside(one.high)], [-i, -i], color=color)
                 ax.plot(one.middle, -i, markers[verdict.model], color=color)
-            claimed = dots[0][1]
-            ax.axvspan(inside(claimed.least), inside(claimed.most), color=FROZEN, alpha=0.35,
-                       linewidth=0)
-            if log:
+            if ratio:
                 ax.set_xscale("log")
-                ax.xaxis.set_minor_formatter(NullFormatter())
-            ax.set(xlim=(left, right), ylim=(0.7 - len(dots), 0.7), yticks=[])
+                ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                ax.xaxis.set_major_formatter("{x:g}")
+                ax.xaxis.set_minor_locator(NullLocator())
+            ax.set(xlim=(left, right), ylim=(0.3 - len(dots), 0.7), yticks=[])
             ax.tick_params(labelsize=8)
             ax.spines["left"].set_visible(False)
             ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)

@@ -7,9 +7,11 @@ no figure of it is repeated. `agrees` is about the claim as it is worded.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lora_lib.experiments import batches, rates, smol_studies, widths
+from lora_lib.experiments import (assistant, batches, capacity, foundations, mistakes, rates, real,
+                                  small_rates, smol_studies, targets, when)
 from lora_lib.experiments.claims import Verdict
 
+MODULES = (foundations, targets, small_rates, batches, when, capacity, mistakes, assistant, real)
 AGREES, DISAGREES, PARTLY = "agrees", "disagrees", "partly"
 
 
@@ -86,16 +88,16 @@ LEDGER = (
           "Best rates fall with the width; at width 96 they lie above the range."),
     Entry(rates.MORE_RANK.text, ((REGRET, PARTLY), (MEMORY, PARTLY)),
           "Rank pays until the data fit; how much data that is depends on the model."),
-    Entry(smol_studies.AS_GOOD.text, ((PRIMER, AGREES), (BIDERMAN, DISAGREES)),
-          "The primer speaks of small and middle-sized data, the paper of code and mathematics "
-          "with many examples: the amount to learn decides."),
     Entry(batches.BATCH.text, ((REGRET, AGREES),),
           "They speak of batches beyond some size, larger than ours."),
     Entry("LoRA forgets less than full fine-tuning", ((BIDERMAN, AGREES), (INTRUDERS, AGREES)),
           "What counts is where on the front of learning and forgetting two runs are compared."),
-    Entry(widths.GROWS.text, ((MU_A, AGREES),),
-          "The paper derives the laws in the limit of wide layers; ours are 48 to 384 wide."),
 )
+
+
+def verdicts() -> list[Verdict]:
+    """The verdicts of every experiment on LoRA itself, in the chapters' order."""
+    return [v for module in MODULES for v in module.verdicts()]
 
 
 def table(verdicts: Iterable[Verdict], ledger: Iterable[Entry] = LEDGER) -> str:

@@ -2,7 +2,7 @@
 
 `python -m lora_lib.experiments.smol_facts` takes some forty minutes on one core.
 
-As on the small model (`lora_lib.experiments.capacity`): only the feed-forward part of the last
+As on the small model (`lora_lib.experiments.filled`): only the feed-forward part of the last
 layer is trained, so what enters it is computed once, which is also kept in the cache's folder; and
 the model chooses among a question's possible answers. A step sees 64 facts. People are
 doubled until 5 % more is known at most, up to 800: then a method is full, for this number of steps.
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_lib.experiments.capacity import ALIKE, GROWS, GROWTH
+from lora_lib.experiments.filled import ALIKE, GROWS, GROWTH
 from lora_lib.experiments.claims import Claim, Verdict, untested
 from lora_lib.experiments.intervals import by_seeds, ratio
 from lora_lib.experiments.sweep import Row, column, grow, read_if_any, select, wider
