@@ -109,7 +109,8 @@ def effects(groups: dict, *, markers: dict, width: float = 7.2) -> None:
             least, most = dots[0][1].least, dots[0][1].most
             ends = [x for x in (least, most, *(x for one, _ in dots for x in (
                 one.low, one.middle, one.high))) if math.isfinite(x)]
-            ratio = min(ends) > 0 and min(x for x in (least, most) if math.isfinite(x)) > 0.25
+            ratio = (max(ends) > 1.8 * min(ends) > 0
+                     and min(x for x in (least, most) if math.isfinite(x)) > 0.25)
             scale, back = (math.log, math.exp) if ratio else (float, float)
             edge = 0.08 * (scale(max(ends)) - scale(min(ends)))
             left, right = back(scale(min(ends)) - edge), back(scale(max(ends)) + edge)

@@ -95,7 +95,7 @@ LEDGER = (
 )
 
 
-def verdicts() -> list[Verdict]:
+def all_verdicts() -> list[Verdict]:
     """The verdicts of every experiment on LoRA itself, in the chapters' order."""
     return [v for module in MODULES for v in module.verdicts()]
 
