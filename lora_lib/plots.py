@@ -95,19 +95,19 @@ def points(groups: dict, *, ylabel, xlabel=None, title=None, ylim=None, logy=Fal
         _label(ax, xlabel, ylabel, title)
 
 
-def effects(groups: dict, *, markers: dict, width: float = 7.2) -> None:
+def effects(groups: dict, *, colors: dict, markers: dict, width: float = 7.2) -> None:
     """Effects with their intervals, a row and a scale for each label: {label: verdicts}.
 
-    A verdict, of `lora_lib.experiments.claims`, has its intervals in `found` and the range that its
-    claim asserts, from `least` to `most`, which is shaded. An interval inside it is green, outside
-    it red, over an end grey. `markers` are by the model. The scale of a ratio is logarithmic.
+    A verdict, of `lora_lib.experiments.claims`, has its intervals in `parts`, each with what is
+    said of it, and the range that its claim asserts, from `least` to `most`, which is shaded.
+    `colors` are by what is said, `markers` by the model. The scale of a ratio is logarithmic.
     """
     with plt.rc_context(HOUSE):
         _, axes = plt.subplots(len(groups), figsize=(width, 0.62 * len(groups)), squeeze=False)
         for ax, (label, verdicts) in zip(axes[:, 0], groups.items()):
-            dots = [(one, verdict) for verdict in verdicts for one in verdict.found.values()]
-            least, most = dots[0][1].least, dots[0][1].most
-            ends = [x for x in (least, most, *(x for one, _ in dots for x in (
+            dots = [(*part, verdict.model) for verdict in verdicts for part in verdict.parts]
+            least, most = verdicts[0].least, verdicts[0].most
+            ends = [x for x in (least, most, *(x for one, _, _ in dots for x in (
                 one.low, one.middle, one.high))) if math.isfinite(x)]
             ratio = (max(ends) > 1.8 * min(ends) > 0
                      and min(x for x in (least, most) if math.isfinite(x)) > 0.25)
@@ -116,11 +116,9 @@ def effects(groups: dict, *, markers: dict, width: float = 7.2) -> None:
             left, right = back(scale(min(ends)) - edge), back(scale(max(ends)) + edge)
             inside = lambda x: min(max(x, left), right)
             ax.axvspan(inside(least), inside(most), color=FROZEN, alpha=0.35, linewidth=0)
-            for i, (one, verdict) in enumerate(dots):
-                color = (GREEN if least <= one.low and one.high <= most else
-                         RED if one.high < least or one.low > most else GREY)
-                ax.plot([inside(one.low), inside(one.high)], [-i, -i], color=color)
-                ax.plot(one.middle, -i, markers[verdict.model], color=color)
+            for i, (one, said, model) in enumerate(dots):
+                ax.plot([inside(one.low), inside(one.high)], [-i, -i], color=colors[said])
+                ax.plot(one.middle, -i, markers[model], color=colors[said])
             if ratio:
                 ax.set_xscale("log")
                 ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

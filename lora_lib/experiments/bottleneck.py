@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from lora_lib.experiments.claims import Claim, Verdict
 from lora_lib.experiments.intervals import by_seeds, ratio
-from lora_lib.experiments.latency import medians
-from lora_lib.experiments.sweep import (Row, by_seed, column, grow, main, narrowed, read,
+from lora_lib.experiments.latency import medians, stepper
+from lora_lib.experiments.sweep import (Row, by_seed, chosen, column, grow, main, narrowed, read,
                                         read_if_any, select, table)
 from lora_lib.experiments.trial import adapted, base, made, on_redrawn
-from lora_lib.torch import cross_entropy, merge
+from lora_lib.torch import merge
 from lora_lib.torch.lora import generator_of
 
 
@@ -178,13 +178,7 @@ def step_time(seed: int, rounds: int = 15) -> float:
     def step(method):
         model = start(method, seed=seed, dtype="float32").train()
         inputs, labels = map(torch.from_numpy, model.tokenizer.batch(made(TASKS[0]).train[:8]))
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-
-        def call():
-            cross_entropy(model(inputs), labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return call
+        return stepper(model, inputs, labels)
     times = medians({method: step(method) for method in METHODS}, rounds)
     return times[BOTTLENECK] / times[LORA]
 
@@ -221,9 +215,7 @@ def best_rate(task: str, method: str) -> float:
 
 def compared(task: str, method: str, steps: int = STEPS) -> list[Row]:
     """Each seed's run at the rate that its own validation examples choose, in their order."""
-    rates, _ = table(found := rows(task, method, steps), "valid")
-    return [min((row for row in select(found, seed=seed) if row["lr"] in rates),
-                key=lambda row: row["valid"]) for seed in sorted({row["seed"] for row in found})]
+    return chosen(rows(task, method, steps))
 
 
 def lead(task: str, name: str = "match") -> np.ndarray:

@@ -32,7 +32,7 @@ class Verdict:
     with the condition, or "cannot be tested here". `effect` is a short text with the numbers and
     their intervals. `found` has the intervals by their condition ("" for a claim of one effect),
     `least` and `most` the ends of the range that the claim asserts. `counted` is true of a count.
-    `model` is what was trained, `measured` the effect in words, with its unit and its sign.
+    `model` is what was trained.
     """
 
     claim: str
@@ -44,7 +44,11 @@ class Verdict:
     most: float = math.inf
     counted: bool = False
     model: str = "small"
-    measured: str = ""
+
+    @property
+    def parts(self) -> list[tuple[Interval, str]]:
+        """Each interval that was found, and what the rule says of it alone."""
+        return [(one, judge(one, self.least, self.most)) for one in self.found.values()]
 
     def on(self, model: str) -> "Verdict":
         """The same verdict, of runs of this model."""
@@ -105,7 +109,7 @@ class Claim:
     def _verdict(self, verdict, found, text, note):
         return Verdict(self.text, self.chapter, verdict,
                        f"{self.effect}: {text}" + (f"; {note}" if note else ""), found,
-                       self.least, self.most, measured=self.effect)
+                       self.least, self.most)
 
 
 def judge(found: Interval, least: float, most: float = math.inf) -> str:

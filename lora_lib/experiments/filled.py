@@ -1,6 +1,7 @@
 """How many made-up facts fit into the numbers that are trained, until no more do: the small model.
 
 `python -m lora_lib.experiments.filled` takes a quarter of an hour on one core, in float32.
+It is to replace `capacity`, which chapter 8 reads, once its runs are whole.
 
 Only the feed-forward part of the last layer is trained, so what enters it is computed once and a
 step sees all facts. The model chooses among a question's possible answers, since which kind of word
@@ -95,13 +96,18 @@ def prepare(kind: str, size: int, *, seed: int = 0, dtype: str = "float32") -> L
     if kind == "LoRA":
         inject(top, "all-linear", size, 2 * size, seed=seed)
         return top
-    for name, weight in top.named_parameters():
-        weight.requires_grad_("_proj" in name)
-        if "_proj" in name:                              # a neuron: a row, of `down_proj` a column
-            part = torch.zeros_like(weight)
-            (part.T if "down" in name else part)[:size] = 1
-            weight.register_hook(lambda grad, part=part: grad * part)
+    train_neurons(top.requires_grad_(False).mlp, size)
     return top
+
+
+def train_neurons(mlp: nn.Module, count: int) -> None:
+    """Train the first `count` neurons of a feed-forward part, and nothing else of it: a neuron is a
+    row of each matrix, of `down_proj` a column."""
+    for name, weight in mlp.named_parameters():
+        weight.requires_grad_(True)
+        kept = torch.zeros_like(weight)
+        (kept.T if "down" in name else kept)[:count] = 1
+        weight.register_hook(lambda gradient, kept=kept: gradient * kept)
 
 
 @lru_cache

@@ -255,23 +255,9 @@ def _tokens(seed):
 
 def _step_time(seed, width, targets, rounds=12):
     """The median time of a LoRA step over that of a full one, in turn."""
-    import torch
+    from lora_lib.experiments.latency import ratio, stepper
 
-    from lora_lib.experiments.latency import ratio
-    from lora_lib.torch import cross_entropy
-
-    inputs, labels = _tokens(seed)
-
-    def step_of(model):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-
-        def step():
-            cross_entropy(model(inputs), labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return step
-
-    full_, low = map(step_of, _models(seed, width, targets))
+    full_, low = (stepper(model, *_tokens(seed)) for model in _models(seed, width, targets))
     return ratio(low, full_, rounds)
 
 

@@ -98,29 +98,17 @@ def best_rate(losses, rates, confidence: float = CONFIDENCE) -> Interval:
 def rate_ratio(losses, rates, other_losses, other_rates,
                confidence: float = CONFIDENCE) -> Interval:
     """How many times the best rate of `losses` (seeds, rates) is that of `other_losses`."""
-    (curve, drawn), (other, other_drawn) = _curves(losses, seed=0), _curves(other_losses, seed=1)
-    above, below = lowest(drawn, rates), lowest(other_drawn, other_rates)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        draws = above / below                                   # both outside: nan, unknown
-    middle = best_rates(curve[None], rates)[0] / best_rates(other[None], other_rates)[0]
-    return _of_draws(middle, draws, confidence)
+    return _of_draws(*_ratios((losses, rates), (other_losses, other_rates), seed=0), confidence)
 
 
 def rate_slope(sizes, pairs, confidence: float = CONFIDENCE) -> Interval:
     """The slope of log(ratio of best rates) against log(size), by least squares: sizes (n,), and
     for each a pair of (losses, rates), as of `rate_ratio`."""
-    rows, middles = [], []
-    for i, ((losses, rates), (other_losses, other_rates)) in enumerate(pairs):
-        curve, drawn = _curves(losses, seed=2 * i)
-        other, other_drawn = _curves(other_losses, seed=2 * i + 1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            rows.append(np.log(lowest(drawn, rates) / lowest(other_drawn, other_rates)))
-        middles.append(np.log(best_rates(curve[None], rates)
-                              / best_rates(other[None], other_rates))[0])
+    middles, draws = zip(*(_ratios(*pair, seed=2 * i) for i, pair in enumerate(pairs)))
     x = np.log(sizes) - np.log(sizes).mean()
-    with np.errstate(invalid="ignore"):
-        draws = x @ np.array(rows) / (x @ x)
-    return _of_draws(x @ np.array(middles) / (x @ x), draws, confidence, least=-math.inf)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slope, drawn = (x @ np.log(ratios) / (x @ x) for ratios in (middles, np.array(draws)))
+    return _of_draws(slope, drawn, confidence, least=-math.inf)
 
 
 def lowest(curves, rates) -> np.ndarray:
@@ -142,6 +130,14 @@ def best_rates(losses, rates) -> np.ndarray:
     """Each seed's own best rate: losses (seeds, rates) -> (seeds,), an end of the grid where it is
     outside."""
     return np.clip(lowest(losses, rates), min(rates), max(rates))
+
+
+def _ratios(one, other, seed):
+    """The ratio of the best rates of two (losses, rates), and what it might have been (DRAWS,)."""
+    (curve, drawn), (below, below_drawn) = _curves(one[0], seed), _curves(other[0], seed + 1)
+    middle = best_rates(curve[None], one[1])[0] / best_rates(below[None], other[1])[0]
+    with np.errstate(divide="ignore", invalid="ignore"):          # both outside: nan, unknown
+        return middle, lowest(drawn, one[1]) / lowest(below_drawn, other[1])
 
 
 def _curves(losses, seed):

@@ -45,26 +45,27 @@ def ratio(one, other, rounds: int) -> float:
     return times["one"] / times["other"]
 
 
+def stepper(model, inputs, labels) -> Callable[[], None]:
+    """A training step of what is trainable in a model, with AdamW, to be called again and again."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+    def step():
+        cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
 def trial(rank: int = 64, over: int = 8, rounds: int = 15, seed: int = 0) -> dict[str, float]:
     """"step": a training step at `rank` over one at `over`, 4 rows of 64 tokens; "call": one token,
     unmerged over merged, at rank `over`."""
     tokens = torch.randint(256, (4, 65), generator=torch.Generator().manual_seed(seed))
-
-    def step_of(network):
-        optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad])
-
-        def step():
-            cross_entropy(network(tokens[:, :-1]), tokens[:, 1:]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return step
-
+    steps = [stepper(model(r, seed), tokens[:, :-1], tokens[:, 1:]) for r in (rank, over)]
     unmerged = model(over, seed).eval()
     merged = merge(copy.deepcopy(unmerged))
     with torch.no_grad():
         call = ratio(lambda: unmerged(tokens[:1, :1]), lambda: merged(tokens[:1, :1]), 10 * rounds)
-    return {"step": ratio(step_of(model(rank, seed)), step_of(model(over, seed)), rounds),
-            "call": call}
+    return {"step": ratio(*steps, rounds), "call": call}
 
 
 def values(what: str) -> np.ndarray:

@@ -27,8 +27,8 @@ from lora_lib.data import digits
 from lora_lib.experiments import latency
 from lora_lib.experiments.claims import Claim, Verdict
 from lora_lib.experiments.intervals import of_shares, rate_ratio, ratio
-from lora_lib.experiments.sweep import (Row, by_seed, column, grow, narrowed, read_if_any, select,
-                                        shown, table)
+from lora_lib.experiments.sweep import (Row, by_seed, chosen, column, grow, narrowed, read_if_any,
+                                        select, shown, table)
 from lora_lib.text import FEELINGS, PEOPLE
 from lora_lib.torch import fine_tune, inject, load_pretrained, lora_modules, warmup_cosine
 
@@ -325,8 +325,7 @@ def values(what: str = "test", **where):
 def tuned(rank: int, examples: int = 0, what: str = "test"):
     """The kept outcomes of a rank, or 0 for full fine-tuning, by seed, each at the rate that is
     best on its own validation images."""
-    shares, (_, found) = wrong(rank, examples)[1], table(tried(rank, examples), what)
-    return found[range(len(found)), shares.argmin(axis=1)]
+    return column(chosen(tried(rank, examples)), what)
 
 
 def cost_of_rank(rank: int, over: int = 8) -> tuple[float, float]:

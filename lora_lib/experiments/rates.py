@@ -64,8 +64,8 @@ class Grid:
     def of(cls, rows: Iterable[Row]) -> "Grid":
         """The runs in these rows of one method."""
         rows = list(rows)
-        lrs, valid = table(rows, "valid", shared=False)
-        return cls(lrs, valid, table(rows, "loss", shared=False)[1])
+        lrs, valid = table(rows, "valid", every=False)
+        return cls(lrs, valid, table(rows, "loss", every=False)[1])
 
     @property
     def shared(self) -> np.ndarray:

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_lib.experiments.filled import ALIKE, GROWS, GROWTH
 from lora_lib.experiments.claims import Claim, Verdict, untested
+from lora_lib.experiments.filled import ALIKE, GROWS, GROWTH, train_neurons
 from lora_lib.experiments.intervals import by_seeds, ratio
 from lora_lib.experiments.sweep import Row, column, grow, read_if_any, select, wider
 from lora_lib.files import atomic, cache
@@ -136,11 +136,7 @@ def prepare(kind: str, size: int, seed: int = 0) -> Last:
     if kind == "LoRA":
         inject(part, "all-linear", size, 2 * size, seed=seed)
         return part
-    for name, weight in part.mlp.named_parameters():
-        weight.requires_grad_(True)
-        kept = torch.zeros_like(weight)                  # a neuron: a row, of `down_proj` a column
-        (kept.T if "down" in name else kept)[:size] = 1
-        weight.register_hook(lambda gradient, kept=kept: gradient * kept)
+    train_neurons(part.mlp, size)
     return part
 
 

@@ -111,11 +111,28 @@ def narrowed(rows: Iterable[Row], seeds: Sequence[int], begin: Iterable[float],
     if set(whole) != set(first):
         return found
     best = min(first, key=first.get)
-    shared = [row for row in rows
-              if set(seeds) <= {other["seed"] for other in rows if other["lr"] == row["lr"]}]
     near = [rate for rate in whole if best / 3 < rate < best * 3]
-    return found + [(seed, rate) for seed in seeds for rate in wider(shared, near, what)
+    return found + [(seed, rate) for seed in seeds
+                    for rate in wider(shared(rows, seeds), near, what)
                     if (seed, rate) not in found]
+
+
+def shared(rows: Iterable[Row], seeds: Iterable[float] | None = None) -> list[Row]:
+    """The rows at the rates that all these seeds have, by default those of the rows."""
+    rows = list(rows)
+    having: dict[float, set[float]] = {}
+    for row in rows:
+        having.setdefault(row["lr"], set()).add(row["seed"])
+    wanted = set(seeds) if seeds is not None else {row["seed"] for row in rows}
+    return [row for row in rows if wanted <= having[row["lr"]]]
+
+
+def chosen(rows: Iterable[Row]) -> list[Row]:
+    """Each seed's row, in order, at the rate that its own validation examples choose, "valid", of
+    those that every seed has; the lowest of equals."""
+    rows = shared(rows)
+    return [min(select(rows, seed=seed), key=lambda row: (row["valid"], row["lr"]))
+            for seed in sorted({row["seed"] for row in rows})]
 
 
 def by_seed(points: Iterable[dict]) -> list[dict]:
@@ -125,17 +142,16 @@ def by_seed(points: Iterable[dict]) -> list[dict]:
 
 
 def table(rows: Iterable[Row], what: str, *,
-          shared: bool = True) -> tuple[tuple[float, ...], np.ndarray]:
+          every: bool = True) -> tuple[tuple[float, ...], np.ndarray]:
     """The rates (n,) at which every seed has run, in order, and a result of theirs (seeds, n). If
-    not `shared`, the rates of any seed, and nan where another has no row.
+    not `every`, the rates of any seed, and nan where another has no row.
 
     Raises ValueError when there is none.
     """
-    found = {(row["seed"], row["lr"]): row[what] for row in rows}
-    seeds, rates = (sorted({key[i] for key in found}) for i in (0, 1))
-    rates = [lr for lr in rates if not shared or all((seed, lr) in found for seed in seeds)]
-    if not rates:
+    found = {(row["seed"], row["lr"]): row[what] for row in (shared(rows) if every else rows)}
+    if not found:
         raise ValueError(f"no rate at which every seed has {what!r}")
+    seeds, rates = (sorted({key[i] for key in found}) for i in (0, 1))
     return tuple(rates), np.array([[found.get((seed, lr), math.nan) for lr in rates]
                                    for seed in seeds])
 

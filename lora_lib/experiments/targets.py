@@ -23,7 +23,7 @@ import math
 
 import numpy as np
 
-from lora_lib.experiments import small_rates
+from lora_lib.experiments import small_rates, sweep
 from lora_lib.experiments.claims import Claim, Verdict
 from lora_lib.experiments.intervals import by_seeds
 from lora_lib.experiments.rates import DOUBLE
@@ -98,18 +98,9 @@ def facts_points() -> list[dict]:
                    for seed, lr in narrowed(rows(FACTS, t), SEEDS, BEGIN[FACTS]))
 
 
-def shared(task: str, targets: str) -> list[Row]:
-    """The runs of a choice at the rates that all its seeds have."""
-    runs = rows(task, targets)
-    seeds = {row["seed"] for row in runs}
-    return [row for row in runs if {other["seed"] for other in select(runs, lr=row["lr"])} == seeds]
-
-
 def chosen(task: str, targets: str) -> list[Row]:
     """Each seed's run, in order, at its own rate: the least loss on its validation examples."""
-    runs = shared(task, targets)
-    return [min(select(runs, seed=seed), key=lambda row: row["valid"])
-            for seed in sorted({row["seed"] for row in runs})]
+    return sweep.chosen(rows(task, targets))
 
 
 def reached(task: str, targets: str) -> np.ndarray:
@@ -128,7 +119,7 @@ FRONT = ("q,v", "all")
 
 def front(task: str, targets: str) -> tuple[np.ndarray, np.ndarray]:
     """The losses on the task and on tales (seeds, n), rates in order: more learned, more lost."""
-    runs = shared(task, targets)
+    runs = rows(task, targets)
     return table(runs, "loss")[1], table(runs, "tales")[1]
 
 
@@ -156,7 +147,7 @@ def crossings(task: str, targets: str) -> np.ndarray:
 
 def lower_points() -> list[dict]:
     """A lower rate for all seeds of a front that does not begin above the common loss."""
-    lower = [(task, t, min(column(shared(task, t), "lr")) / 2) for task in TASKS for t in FRONT
+    lower = [(task, t, table(rows(task, t), "loss")[0][0] / 2) for task in TASKS for t in FRONT
              if np.isnan(crossings(task, t)).any()]
     return by_seed(SETTING | {"name": task} | lora(t, EQUAL[t]) | {"lr": lr, "seed": seed}
                    for task, t, lr in lower for seed in SEEDS

@@ -28,6 +28,7 @@ def test_a_verdict_carries_what_it_was_read_off():
     assert found.effect == "nats: +0.01 (-0.02 to +0.04); three seeds"
     assert (found.least, found.most, found.model) == (-0.05, 0.05, "SmolLM2")
     assert found.found == {"": Interval(0.01, -0.02, 0.04)} and not found.counted
+    assert found.parts == [(Interval(0.01, -0.02, 0.04), HOLDS)]
     assert c.counted("2 + 2 = 4", "1", True, "4").counted
     assert c.untested("big", "7", "too small").verdict == UNTESTED
 

@@ -1,4 +1,4 @@
-"""The ledger: every claim in it is one that some experiment judges, and its table says what it has."""
+"""The ledger: each of its claims is one that some experiment judges; its table says what it has."""
 
 import re
 
@@ -28,9 +28,21 @@ def test_a_claim_that_nobody_judged_is_refused():
         ledger.table([], [ledger.Entry("it flies", (), "")])
 
 
-def test_no_source_says_more_than_its_address():
-    texts = {source.url for entry in ledger.LEDGER for source, _ in entry.sources}
-    assert all(re.match(r"https://", url) for url in texts) and len(texts) >= 8
+def test_every_claim_of_the_ledger_is_judged_and_every_model_has_its_cell():
+    verdicts = ledger.all_verdicts()
+    lines = ledger.table(verdicts).splitlines()
+    assert len(lines) == 2 + len(ledger.LEDGER)
+    judged = {(v.claim, v.model) for v in verdicts}
+    for entry, line in zip(ledger.LEDGER, lines[2:]):
+        cells = line.split(" | ")
+        for model, cell in zip(("small", "SmolLM2"), cells[1:3]):
+            assert cell.startswith("**") == ((entry.claim, model) in judged)
+
+
+def test_every_source_has_an_address_and_every_entry_a_source():
+    assert all(re.match(r"https://", source.url)
+               for entry in ledger.LEDGER for source, _ in entry.sources)
+    assert all(entry.sources and entry.why for entry in ledger.LEDGER)
     says = {word for entry in ledger.LEDGER for _, word in entry.sources}
     assert says <= {ledger.AGREES, ledger.DISAGREES, ledger.PARTLY}
     assert len({entry.claim for entry in ledger.LEDGER}) == len(ledger.LEDGER)

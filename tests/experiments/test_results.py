@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from lora_lib.experiments import claims, foundations, sweep, targets, trial
+from lora_lib.experiments import (batches, claims, foundations, small_rates, sweep, targets,
+                                  trial)
 
 MODULES = sorted(path.stem for path in (sweep.RESULTS.parent).glob("*.py")
                  if "def verdicts" in path.read_text("utf8"))
@@ -21,6 +22,8 @@ def keys(function, points):
     (foundations.trial, foundations.points, "foundations"),
     (trial.redrawn, lambda: targets.points(targets.TOGETHER), "targets"),
     (targets.facts, targets.facts_points, "targets_facts"),
+    (trial.redrawn, small_rates.points, "small_rates"),
+    (trial.redrawn, batches.points, "batches"),
 ])
 def test_every_point_has_been_run(function, points, name):
     signature = inspect.signature(function)

@@ -88,7 +88,7 @@ def test_a_table_has_the_rates_that_every_seed_has():
     lrs, losses = sweep.table(rows, "loss")
     assert lrs == (1e-3, 2e-3)
     np.testing.assert_array_equal(losses, [[0, 1], [10, 11]])
-    lrs, losses = sweep.table(rows, "loss", shared=False)
+    lrs, losses = sweep.table(rows, "loss", every=False)
     assert lrs == (1e-3, 2e-3, 4e-3)
     np.testing.assert_array_equal(losses, [[0, 1, np.nan], [10, 11, 12]])
     with pytest.raises(ValueError, match="no rate at which every seed"):

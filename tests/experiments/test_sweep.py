@@ -82,6 +82,14 @@ def test_an_interval_is_written_with_one_sign():
     assert sweep.shown([1.0, 2.0, 3.0], "+.1f") == "+2.0 ± 2.5"
 
 
+def test_each_seed_takes_its_best_rate_of_those_that_all_have():
+    row = lambda seed, lr, valid: {"seed": seed, "lr": lr, "valid": valid}
+    rows = [row(1, 4e-3, 5), row(1, 2e-3, 5), row(1, 1e-3, 0), row(0, 2e-3, 3), row(0, 4e-3, 2)]
+    assert sweep.shared(rows) == [rows[0], rows[1], rows[3], rows[4]]
+    assert sweep.shared(rows, [0, 1, 2]) == []
+    assert sweep.chosen(rows) == [rows[4], rows[1]]               # the lowest of equals
+
+
 def test_agree_tells_apart_what_differs():
     one = [1.0, 1.1, 0.9]
     assert sweep.agree(one, [1.05, 0.95, 1.0]) and not sweep.agree(one, [3.0, 3.1, 2.9])

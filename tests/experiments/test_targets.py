@@ -49,7 +49,7 @@ def test_every_choice_has_five_seeds_with_three_rates_or_more(monkeypatch):
     kept = plant(monkeypatch, lambda row: 1.0)
     for task in t.BEGIN:
         for targets in t.TOGETHER if task == t.FACTS else t.EQUAL:
-            rates, losses = table(t.shared(task, targets), "valid")
+            rates, losses = table(t.rows(task, targets), "valid")
             assert losses.shape[0] == 5 and 0 < losses.mean(axis=0).argmin() < len(rates) - 1
             assert (t.reached(task, targets) == Grid.of(t.rows(task, targets)).own()).all()
     taken = [row for row in kept[t.NAME] if (row["name"], row["targets"]) == (t.FOLLOW, "all")]
