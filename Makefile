@@ -4,7 +4,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # One process for each core, each with one thread; a notebook's cells stay together.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations=10 \
-	--nbval --nbval-current-env --nbval-cell-timeout=300
+	--nbval --nbval-current-env --nbval-cell-timeout=300 \
+	--nbval-sanitize-with tests/sanitize.cfg
 
 # Progress bars are for people: stored outputs and the tests run without them, and offline.
 export TQDM_DISABLE := 1
