@@ -18,6 +18,7 @@ from .markdown import markdown_cells, parse
 from .numbers import Number
 
 _MARK = re.compile(r"<!--\s*given:(.*?)-->", re.DOTALL)
+_UNSEEN = re.compile(r"<(style|script)\b.*?</\1>|<[^>]*>", re.DOTALL)  # of what HTML says
 _LINK = "\ue000"  # stands for a link to another page in a flattened sentence
 _ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|al|vs|cf|approx|Fig|Eq|Sec|Ch|No|pp?)\.$")
 _ORDINAL = re.compile(
@@ -42,7 +43,7 @@ def printed(notebook: dict) -> list[Number]:
                 shown += numbers.find("".join(output["text"]))
             for mime, data in output.get("data", {}).items():
                 if mime == "text/html":
-                    data = re.sub(r"<style.*?</style>|<[^>]*>", " ", "".join(data), flags=re.DOTALL)
+                    data = re.sub(_UNSEEN, " ", "".join(data))
                     data = html.unescape(data)
                 if mime.startswith("text/"):
                     shown += numbers.find("".join(data))

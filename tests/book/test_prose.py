@@ -130,7 +130,8 @@ def test_what_counts_as_printed():
             "output_type": "display_data",
             "data": {
                 "text/plain": "13",
-                "text/html": "<style>.a { width: 14px }</style><td width='15'>16</td>",
+                "text/html": "<style>.a { width: 14px }</style><td width='15'>16</td>"
+                "<script>\nmount(made, 18);\n</script>",
                 "image/svg+xml": "<svg>17</svg>",
             },
         },
