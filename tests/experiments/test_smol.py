@@ -205,7 +205,7 @@ def test_a_studys_claims_follow_its_rows(monkeypatch):
     monkeypatch.setattr(smol_studies, "read_if_any", lambda name: rows)
     for _ in range(4):                                         # as `grow` does
         wanted = [usual | p for study in smol_studies.studies() for p in smol_studies.points(study)]
-        rows = [p | {"valid": loss(p), "loss": loss(p)} for p in wanted]
+        rows = list({str(p): p | {"valid": loss(p), "loss": loss(p)} for p in wanted}.values())
     found = {v.claim: v.verdict for v in smol_studies.judged()}
     s = smol_studies
     assert found[s.FEED_FORWARD.text] == f"holds if the task is {s.FACTS}"
@@ -213,3 +213,6 @@ def test_a_studys_claims_follow_its_rows(monkeypatch):
     assert found[s.BATCH.text] == HOLDS and found[s.START.text] == DOES_NOT
     assert found[s.QV.text].startswith("holds if compared on instructions 6")
     assert all(s.points(study) for study in s.studies())
+    most = [row for row in rows if row["examples"] == 4096]      # at the rate of 1,024 examples
+    assert {row["seed"] for row in most} == set(s.SEEDS) and len(most) == 2 * len(s.SEEDS)
+    assert {row["lr"] for row in most} == {1e-3, 1e-4}
