@@ -35,6 +35,10 @@ class ModelShape:
     `num_kv_heads` key and value heads (None: as many), and a gated MLP, all without biases.
     Around them stand an embedding, a last norm, and an output head, which is the embedding again
     if `tied_embeddings`. Raises ValueError for dimensions that do not divide.
+
+    A head has `head_dim` numbers (None: hidden_size / num_heads). `qkv_bias` adds the biases that
+    Qwen2 has on its query, key and value projections; `qk_norm` the two RMSNorms, over the numbers
+    of a head, that Qwen3 has after its query and key projections.
     """
     vocab_size: int
     hidden_size: int
@@ -43,6 +47,9 @@ class ModelShape:
     num_heads: int
     num_kv_heads: int | None = None
     tied_embeddings: bool = False
+    head_dim: int | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
     def __post_init__(self):
         if self.num_kv_heads is None:
@@ -50,20 +57,29 @@ class ModelShape:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
                      "num_kv_heads"):
             _integer(name, getattr(self, name))
-        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+        divides = self.head_dim is not None or self.hidden_size % self.num_heads == 0
+        if not divides or self.num_heads % self.num_kv_heads:
             raise ValueError(f"hidden_size = {self.hidden_size} must be a multiple of num_heads = "
                              f"{self.num_heads}, and that of num_kv_heads = {self.num_kv_heads}")
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
+        _integer("head_dim", self.head_dim)
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """(out_features, in_features) of each linear layer in one Transformer layer, by name."""
-        h, m = self.hidden_size, self.intermediate_size
-        kv = h // self.num_heads * (self.num_kv_heads or self.num_heads)
-        return {"q_proj": (h, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, h),
+        h, m, head = self.hidden_size, self.intermediate_size, self.head_dim or 0
+        q, kv = head * self.num_heads, head * (self.num_kv_heads or self.num_heads)
+        return {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, q),
                 "gate_proj": (m, h), "up_proj": (m, h), "down_proj": (h, m)}
 
     def parameters(self) -> int:
         """Every number in the model."""
-        layer = sum(full_parameters(*s) for s in self.linears().values()) + 2 * self.hidden_size
+        shapes = self.linears()
+        layer = sum(full_parameters(*s) for s in shapes.values()) + 2 * self.hidden_size
+        if self.qkv_bias:
+            layer += sum(shapes[name][0] for name in ("q_proj", "k_proj", "v_proj"))
+        if self.qk_norm:
+            layer += 2 * (self.head_dim or 0)
         ends = (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
         return self.num_layers * layer + ends + self.hidden_size
 
@@ -95,7 +111,10 @@ LLAMA_7B = ModelShape(vocab_size=32000, hidden_size=4096, intermediate_size=1100
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes held at the end of a training step's forward pass, by what they are for."""
+    """Bytes held at the end of a training step's forward pass, by what they are for.
+
+    With activation checkpointing the activations may be the most a little later: see `memory`.
+    """
     weights: int
     gradients: int
     optimizer: int
@@ -125,7 +144,8 @@ def trained_parameters(shape: ModelShape, rank: int | None,
 
 def memory(shape: ModelShape, *, batch: int, sequence: int, rank: int | None = None,
            target_modules: str | Iterable[str] = ("q_proj", "v_proj"), weight_bytes: int = 2,
-           trainable_bytes: int = 4, activation_bytes: int = 2, moments: int = 2) -> Memory:
+           trainable_bytes: int = 4, activation_bytes: int = 2, moments: int = 2,
+           quantized: bool = False, double: bool = True, checkpointing: bool = False) -> Memory:
     """The bytes of one training step on `batch` sequences of `sequence` tokens.
 
     rank None is full fine-tuning; otherwise LoRA of that rank on `target_modules`.
@@ -142,23 +162,67 @@ def memory(shape: ModelShape, *, batch: int, sequence: int, rank: int | None = N
     gradient, and two moments; mixed precision with a 16-bit copy beside a float32 master also
     comes to 16 (Rajbhandari et al. 2020, section 3.1). For a model in float32 pass 4 throughout.
 
-    Left out: temporary buffers, the allocator's rounding, dropout, the batch itself. Attention is
-    taken to be fused (it keeps no sequence x sequence matrix), adapters to be lora_lib's, the rest
-    to be plain PyTorch operations, and nothing to be recomputed.
+    `quantized` stores the frozen linear layers in NF4, as `lora_lib.torch.nf4.quantize` does, with
+    double quantization or without (`nf4_bytes`); what is no linear layer of a Transformer layer
+    keeps its `weight_bytes`. Full fine-tuning has nothing frozen: a ValueError.
+
+    `checkpointing` keeps each Transformer layer's input alone and computes the layer again in the
+    backward pass. Activations are then the inputs and the larger of two: what the head and the loss
+    keep, which is gone when the last layer is computed again, and what one layer keeps.
+
+    Left out: temporary buffers (`loss_buffers` has the largest), the allocator's rounding, dropout,
+    the batch itself. Attention is taken to be fused (it keeps no sequence x sequence matrix),
+    adapters to be lora_lib's, the rest to be plain PyTorch operations, and nothing else to be
+    recomputed.
     """
     for name, value in (("weight_bytes", weight_bytes), ("trainable_bytes", trainable_bytes),
                         ("activation_bytes", activation_bytes)):
         _integer(name, value)
     _integer("moments", moments, least=0)
     trained = trained_parameters(shape, rank, target_modules)
-    frozen = 0 if rank is None else shape.parameters()
-    trace = _Trace(shape, batch, sequence, rank, target_modules).run()
-    return Memory(weights=frozen * weight_bytes + trained * trainable_bytes,
+    if quantized and rank is None:
+        raise ValueError("a quantized weight cannot be trained: full fine-tuning (rank None) needs "
+                         "quantized=False")
+    frozen = 0 if rank is None else _frozen_bytes(shape, weight_bytes, quantized, double)
+    trace = _Trace(shape, batch, sequence, rank, target_modules,
+                   casts=quantized and activation_bytes != trainable_bytes).run()
+    return Memory(weights=frozen + trained * trainable_bytes,
                   gradients=trained * trainable_bytes,
                   optimizer=trained * trainable_bytes * moments,
-                  activations=sum(
-                      t.numel * (max(4, activation_bytes) if t.float32 else activation_bytes)
-                      for t in trace.kept.values()))
+                  activations=trace.most_kept(activation_bytes) if checkpointing else
+                  _bytes(trace.kept.values(), activation_bytes))
+
+
+def nf4_bytes(out_features: int, in_features: int, *, block: int = 64, double: bool = True) -> int:
+    """What an `NF4Linear` stores of a frozen weight W (d, k).
+
+    Half a byte a number, and each block's largest magnitude: in float32 or, `double`, in one byte,
+    with a float32 for every 256 of them and one more for their mean. The last block, and the last
+    256, are filled up. Raises ValueError for a block that is not even and positive.
+    """
+    if _integer("block", block, least=2) % 2:
+        raise ValueError(f"block must be even, got {block}")
+    blocks = -(-full_parameters(out_features, in_features) // block)
+    groups = -(-blocks // 256)
+    return blocks * block // 2 + (groups * (256 + 4) + 4 if double else 4 * blocks)
+
+
+def loss_buffers(shape: ModelShape, *, batch: int, sequence: int) -> int:
+    """Bytes that `memory` leaves out: what the loss's backward pass holds for a moment.
+
+    Two arrays beside the log-probabilities, each with a float32 for every token and word of the
+    vocabulary: the gradients of the log-probabilities and of the logits.
+    """
+    return 2 * 4 * _integer("batch", batch) * _integer("sequence", sequence) * shape.vocab_size
+
+
+def _frozen_bytes(shape, weight_bytes, quantized, double):
+    if not quantized:
+        return shape.parameters() * weight_bytes
+    linears = shape.linears().values()
+    rest = shape.parameters() - shape.num_layers * sum(full_parameters(*s) for s in linears)
+    return rest * weight_bytes + shape.num_layers * sum(
+        nf4_bytes(*s, double=double) for s in linears)
 
 
 def flops(shape: ModelShape, *, batch: int, sequence: int, rank: int | None = None,
@@ -212,6 +276,11 @@ class _Tensor:
     float32: bool = False
 
 
+def _bytes(tensors, each):
+    """The bytes of tensors at `each` a number, but at least 4 for those in float32."""
+    return sum(t.numel * (max(4, each) if t.float32 else each) for t in tensors)
+
+
 @dataclass
 class _Trace:
     """A forward pass on shapes alone: it keeps what autograd would keep, and counts products.
@@ -224,7 +293,9 @@ class _Trace:
     sequence: int
     rank: int | None
     target_modules: str | Iterable[str]
+    casts: bool = False                          # adapters keep A and B in the activations' dtype
     kept: dict[int, _Tensor] = field(default_factory=dict)
+    layers: list[tuple[_Tensor, dict[int, _Tensor]]] = field(default_factory=list)
     forward: int = 0
     backward: int = 0
 
@@ -234,16 +305,34 @@ class _Trace:
         self.tokens = _integer("batch", self.batch) * _integer("sequence", self.sequence)
         self.adapted = () if full else s.targets(self.target_modules)
         x = _Tensor(self.tokens * s.hidden_size, full)               # the embeddings
-        self.rotary = _Tensor(2 * self.sequence * s.hidden_size // s.num_heads, False)
+        self.rotary = _Tensor(2 * self.sequence * s.head_dim, False)
         for _ in range(s.num_layers):
+            given, before = x, set(self.kept)
             x = self.plus(x, self.attention(self.norm(x)))
             x = self.plus(x, self.mlp(self.norm(x)))
+            self.layers.append((given, {key: t for key, t in self.kept.items()
+                                        if key not in before}))
         self.linear(self.norm(x), "lm_head", (s.vocab_size, s.hidden_size))
         self.keep(_Tensor(self.tokens * s.vocab_size, True, float32=True))   # log-probabilities
         return self
 
+    def most_kept(self, each):
+        """The most bytes kept at one time when every layer is computed again."""
+        inside = {key for _, kept in self.layers for key in kept}
+        ends = _bytes((t for key, t in self.kept.items() if key not in inside), each)
+        again = 0
+        for given, kept in self.layers:
+            kept = kept | ({id(self.rotary): self.rotary} if id(self.rotary) in self.kept else {})
+            # The layer's first norm keeps the input itself unless it must make a float32 of it.
+            shared = _bytes([given], each) if given.requires_grad and each >= 4 else 0
+            again = max(again, _bytes(kept.values(), each) - shared)
+        return _bytes((given for given, _ in self.layers), each) + max(ends, again)
+
     def attention(self, x):
         q, k, v = (self.linear(x, name) for name in ("q_proj", "k_proj", "v_proj"))
+        if self.shape.qk_norm:
+            q, k = (self.norm(part, self.tokens * heads) for part, heads in (
+                (q, self.shape.num_heads), (k, self.shape.num_kv_heads)))
         out = _Tensor(q.numel, q.requires_grad or k.requires_grad or v.requires_grad)
         if out.requires_grad:
             log_sum_exp = _Tensor(self.tokens * self.shape.num_heads, True, float32=True)
@@ -265,11 +354,11 @@ class _Trace:
             self.keep(silu)
         return self.linear(_Tensor(up.numel, gate.requires_grad or up.requires_grad), "down_proj")
 
-    def norm(self, x):
+    def norm(self, x, rows=None):
         full = self.rank is None
         if x.requires_grad:
             self.keep(_Tensor(x.numel, True, float32=True))          # x
-            self.keep(_Tensor(self.tokens, True, float32=True))      # 1 / rms
+            self.keep(_Tensor(rows or self.tokens, True, float32=True))      # 1 / rms
         if full:
             self.keep(_Tensor(x.numel, True))                        # x / rms, for the gain
         return _Tensor(x.numel, x.requires_grad or full)
@@ -283,6 +372,10 @@ class _Trace:
             self.keep(x)                                             # for W's gradient, or A's
         if rank:
             self.keep(_Tensor(self.tokens * rank, True))             # x A^T, for B's
+        if rank and self.casts:
+            self.keep(_Tensor(d * rank, True))                       # B, for the gradient of x A^T
+            if x.requires_grad:
+                self.keep(_Tensor(rank * k, True))                   # A, for x's
         return _Tensor(self.tokens * d, x.requires_grad or rank != 0)
 
     def plus(self, x, y):

@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+import weakref
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from lora_lib.costs import (LLAMA_7B, Flops, ModelShape, adapter_bytes, checkpoint_bytes, flops,
-                            full_parameters, layer_flops, lora_parameters, memory)
+                            full_parameters, layer_flops, lora_parameters, loss_buffers, memory,
+                            nf4_bytes)
 
 QV = ["q_proj", "v_proj"]
 
@@ -52,6 +56,8 @@ def test_a_rank_that_cannot_be(rank):
     ({"vocab_size": 1.5}, TypeError, "vocab_size must be an integer, got 1.5"),
     ({"num_heads": 7}, ValueError, "must be a multiple of num_heads = 7"),
     ({"num_kv_heads": 3}, ValueError, "num_kv_heads = 3"),
+    ({"num_kv_heads": 3, "head_dim": 8}, ValueError, "num_kv_heads = 3"),
+    ({"head_dim": 0}, ValueError, "head_dim must be at least 1, got 0"),
 ])
 def test_a_shape_that_cannot_be(change, error, message):
     sizes = {"vocab_size": 9, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2,
@@ -67,6 +73,7 @@ def test_a_shape_that_cannot_be(change, error, message):
     ({"sequence": 2.0}, TypeError, "sequence must be an integer"),
     ({"weight_bytes": 0}, ValueError, "weight_bytes must be at least 1"),
     ({"moments": -1}, ValueError, "moments must be at least 0, got -1"),
+    ({"rank": None, "quantized": True}, ValueError, "a quantized weight cannot be trained"),
 ])
 def test_a_step_that_cannot_be(options, error, message):
     with pytest.raises(error, match=message):
@@ -123,14 +130,20 @@ def test_flops_of_one_layer():
 # --- against what PyTorch allocates and counts --------------------------------------------------
 
 torch = pytest.importorskip("torch")
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
 BATCH, SEQUENCE, RANK = 3, 16, 4
 SHAPES = {"LanguageModel": ModelShape(96, 64, 176, 3, 4, tied_embeddings=True),
           "transformers": ModelShape(96, 64, 176, 3, 4, num_kv_heads=2)}
+QWEN = {"Qwen2": ModelShape(96, 64, 176, 2, 4, num_kv_heads=2, qkv_bias=True),
+        "Qwen3": ModelShape(96, 64, 176, 2, 6, num_kv_heads=3, head_dim=24, qk_norm=True)}
 TARGETS = [None, QV, ["v_proj"], ["o_proj"], ["up_proj"], "gate_proj", ["down_proj"], "all-linear"]
 
 
 def build(kind, shape, dtype=torch.float32):
-    if kind == "transformers":
+    if kind != "LanguageModel":
         return hugging_face(shape).to(dtype)
     from lora_lib.models.tales import LanguageModel, LanguageModelConfig
     config = LanguageModelConfig(shape.vocab_size, shape.hidden_size, shape.intermediate_size,
@@ -140,18 +153,24 @@ def build(kind, shape, dtype=torch.float32):
 
 def hugging_face(shape):
     transformers = pytest.importorskip("transformers")
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+    family = "Qwen3" if shape.qk_norm else "Qwen2" if shape.qkv_bias else "Llama"
+    config = getattr(transformers, f"{family}Config")
+    head = {} if family == "Qwen2" else {"head_dim": shape.head_dim}
+    return getattr(transformers, f"{family}ForCausalLM")(config(
         vocab_size=shape.vocab_size, hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size, num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads, num_key_value_heads=shape.num_kv_heads,
+        num_attention_heads=shape.num_heads, num_key_value_heads=shape.num_kv_heads, **head,
         tie_word_embeddings=shape.tied_embeddings, attn_implementation="sdpa", use_cache=False))
 
 
-def prepared(kind, target, dtype=torch.float32):
+def prepared(kind, target, dtype=torch.float32, double=None):
     """A model, adapted or whole; a batch; and what costs wants to know of it."""
     from lora_lib.torch.inject import inject
-    shape = SHAPES[kind]
+    from lora_lib.torch.nf4 import quantize
+    shape = (SHAPES | QWEN)[kind]
     model = build(kind, shape, dtype)
+    if double is not None:
+        quantize(model, double=double)
     if target is not None:
         inject(model, target, rank=RANK, seed=0)
     generator = torch.Generator().manual_seed(0)
@@ -161,7 +180,7 @@ def prepared(kind, target, dtype=torch.float32):
     return shape, model, tokens, labels, step
 
 
-@pytest.mark.parametrize("shape", [LLAMA_7B, *SHAPES.values()])
+@pytest.mark.parametrize("shape", [LLAMA_7B, *SHAPES.values(), *QWEN.values()])
 def test_parameters_are_those_of_transformers_model(shape):
     with torch.device("meta"):
         assert sum(p.numel() for p in hugging_face(shape).parameters()) == shape.parameters()
@@ -193,6 +212,191 @@ def test_memory_beside_a_bfloat16_base(kind, target):
     for part in ("weights", "gradients", "optimizer", "activations"):
         assert getattr(measured, part) == getattr(expected, part), part
 
+
+def same(measured, expected):
+    assert {part: getattr(measured, part) for part in vars(expected)} == vars(expected)
+
+
+@pytest.mark.parametrize("target", [None, ["k_proj"], "all-linear"], ids=str)
+@pytest.mark.parametrize("kind", QWEN)
+def test_heads_of_another_size_biases_and_norms_of_heads(kind, target):
+    from lora_lib.tuning.memory import measure_memory
+    shape, model, tokens, labels, step = prepared(kind, target)
+    expected = memory(shape, weight_bytes=4, trainable_bytes=4, activation_bytes=4, **step)
+    same(measure_memory(model, tokens, labels), expected)
+
+
+# --- a base in four bits ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("out_features, in_features, block", [
+    (1, 1, 64), (64, 64, 64), (176, 64, 2), (129, 131, 32), (260, 257, 64)])
+def test_nf4_bytes_are_those_of_the_layers_buffers(out_features, in_features, block, double):
+    from lora_lib.torch.nf4 import NF4Linear
+    layer = NF4Linear(torch.nn.Linear(in_features, out_features), block, double)
+    stored = sum(buffer.untyped_storage().nbytes() for buffer in layer.buffers())
+    assert nf4_bytes(out_features, in_features, block=block, double=double) == stored
+
+
+def test_a_large_weight_takes_the_bits_that_the_paper_names():
+    """QLoRA, section 3: 0.5 bits a weight for the blocks' constants, 0.127 when they are doubled."""
+    for double, bits in ((False, 4.5), (True, 4.127)):
+        assert nf4_bytes(4096, 4096, double=double) * 8 / 4096**2 == pytest.approx(bits, abs=5e-4)
+
+
+@pytest.mark.parametrize("block", [0, 3])
+def test_a_block_that_cannot_be(block):
+    with pytest.raises(ValueError, match=f"block must be .*, got {block}"):
+        nf4_bytes(4, 4, block=block)
+
+
+@pytest.mark.parametrize("double, dtype", [(False, torch.float32), (True, torch.bfloat16)])
+@pytest.mark.parametrize("target", [QV, "all-linear"], ids=str)
+@pytest.mark.parametrize("kind", [*SHAPES, "Qwen2"])
+def test_memory_beside_an_nf4_base(kind, target, double, dtype):
+    from lora_lib.tuning.memory import measure_memory
+    shape, model, tokens, labels, step = prepared(kind, target, dtype, double)
+    expected = memory(shape, quantized=True, double=double, weight_bytes=dtype.itemsize,
+                      activation_bytes=dtype.itemsize, **step)
+    same(measure_memory(model, tokens, labels), expected)
+
+
+def test_a_7b_base_in_four_bits_by_hand():
+    linear = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    rest = 6_738_415_616 - linear
+    nf4 = memory(LLAMA_7B, batch=1, sequence=512, rank=8, quantized=True, double=False)
+    assert nf4.weights == linear * 9 // 16 + 2 * rest + 4 * 4_194_304
+    half = memory(LLAMA_7B, batch=1, sequence=512, rank=8)
+    assert (nf4.gradients, nf4.optimizer) == (half.gradients, half.optimizer)
+    # The adapters on a quantized layer keep A and B in 16 bits too, but A not in the lowest layer.
+    assert nf4.activations - half.activations == 2 * (4_194_304 - 2 * 8 * 4096)
+
+
+# --- every layer computed again -----------------------------------------------------------------
+
+def checkpointed(kind, target, dtype, vocabulary):
+    """As `prepared`, with another vocabulary, under torch.utils.checkpoint."""
+    from lora_lib.torch.inject import inject
+    shape = replace((SHAPES | QWEN)[kind], vocab_size=vocabulary)
+    model = build(kind, shape, dtype)
+    if target is not None:
+        inject(model, target, rank=RANK, seed=0)
+    for layer in model.model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    tokens = torch.randint(96, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(0))
+    return shape, model, tokens
+
+
+def kept_by(call, given):
+    """The storages that autograd saves, less the given tensors': {address: bytes}."""
+    saved = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with hooks:
+        result = call()
+    known = {t.untyped_storage().data_ptr() for t in given}
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved if t.ndim}
+    return result, {key: size for key, size in found.items() if key not in known}
+
+
+@pytest.mark.parametrize("vocabulary, largest", [(96, "a layer"), (2000, "the head and the loss")])
+@pytest.mark.parametrize("kind, target, dtype", [
+    ("transformers", None, torch.float32), ("transformers", QV, torch.bfloat16),
+    ("transformers", "all-linear", torch.float32), ("Qwen3", "all-linear", torch.bfloat16)])
+def test_activations_when_every_layer_is_computed_again(kind, target, vocabulary, largest, dtype):
+    from lora_lib.tuning.memory import measure_memory
+    shape, model, tokens = checkpointed(kind, target, dtype, vocabulary)
+    each, layers, inputs = dtype.itemsize, model.model.layers, []
+    given = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+             for layer in layers]
+    whole = measure_memory(model, tokens, tokens).activations
+    for hook in given:
+        hook.remove()
+    # What a layer keeps that is not its input, measured as it stands there, computed once.
+    del layers[1].forward
+    x = inputs[1].detach().clone().requires_grad_()
+    tables = model.model.rotary_emb(x, torch.arange(SEQUENCE)[None])
+    _, layer = kept_by(lambda: layers[1](x, position_embeddings=tables), [x, *model.parameters()])
+    kept = len(layers) * BATCH * SEQUENCE * shape.hidden_size * each
+    assert (sum(layer.values()) > whole - kept) == (largest == "a layer")
+    step = {"rank": RANK, "target_modules": target} if target else {}
+    expected = memory(shape, batch=BATCH, sequence=SEQUENCE, weight_bytes=each,
+                      activation_bytes=each, checkpointing=True, **step)
+    assert expected.activations == max(whole, kept + sum(layer.values()))
+
+
+def test_the_head_is_gone_when_the_last_layer_is_computed_again():
+    """So the larger of the two counts, not the sum."""
+    from lora_lib.tuning.loop import cross_entropy
+    shape, model, tokens = checkpointed("transformers", QV, torch.float32, 5000)
+    saved, alive = {}, []
+
+    def remember(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = weakref.ref(storage), storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        loss = cross_entropy(model(tokens), tokens)
+    given = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held = lambda: sum(size for key, (storage, size) in saved.items()
+                       if key not in given and storage() is not None)
+    inputs, numbers = BATCH * SEQUENCE * shape.hidden_size * 4, BATCH * SEQUENCE * 5000
+    before = held()
+    model.model.layers[-1].self_attn.register_forward_pre_hook(lambda *_: alive.append(held()))
+    loss.backward()
+    assert before > 3 * inputs + 4 * numbers and 3 * inputs <= alive[0] < 5 * inputs
+
+
+def test_checkpointing_a_7b_model():
+    kept, again = (memory(LLAMA_7B, batch=1, sequence=512, rank=8, checkpointing=flag)
+                   for flag in (False, True))
+    assert again.activations < kept.activations / 5
+    assert again.total - again.activations == kept.total - kept.activations
+    inputs = 32 * 512 * 4096 * 2
+    assert again.activations == inputs + 512 * (4096 * 4 + 4 + 32000 * 4)
+
+
+def test_what_the_loss_holds_beside():
+    """Live tensors, counted at every operation: the backward pass adds two arrays of logits."""
+    from lora_lib.tuning.loop import cross_entropy
+    logits = torch.randn(BATCH, SEQUENCE, 5000, requires_grad=True)
+    labels = torch.randint(5000, (BATCH, SEQUENCE))
+    with Live() as live:
+        loss = cross_entropy(logits, labels)
+        kept, live.most = live.now, live.now
+        loss.backward()
+    shape = replace(SHAPES["transformers"], vocab_size=5000)
+    expected = loss_buffers(shape, batch=BATCH, sequence=SEQUENCE)
+    assert live.most - kept == pytest.approx(expected, rel=0.01)
+
+
+class Live(TorchDispatchMode):
+    """The bytes of the tensors that operations made and that are still there: now, and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **kwargs or {})
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
+        self.most = max(self.most, self.now)
+        return made
+
+    def add(self, storage):
+        if (key := storage.data_ptr()) not in self.known:
+            self.known.add(key)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.drop, key, storage.nbytes())
+
+    def drop(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+# --- other precisions, files --------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_full_fine_tuning_in_bfloat16(kind):
