@@ -27,8 +27,8 @@ import torch
 from torch import nn
 
 from lora_lib import calls, docstrings
-from lora_lib.experiments.claims import Verdict, judge
-from lora_lib.experiments.intervals import by_seeds
+from lora_lib.experiments.claims import Claim, Verdict
+from lora_lib.experiments.intervals import by_seeds, of_shares
 from lora_lib.experiments.sweep import (RESULTS, Row, column, main, read, select, shown,
                                         write)
 from lora_lib.tuning.data import Message, Rows, encode
@@ -41,7 +41,15 @@ RATES = {"LoRA": (5e-4, 1e-3, 2e-3), "full": (5e-5, 1e-4, 2e-4)}
 TUNING, SEEDS, SHOTS = 10, (0, 1, 2), {"calls": 10, "docstrings": 4}
 TRAINED, TESTED, PASSAGES = 400, 64, 40
 LENGTH = {"calls": 256, "docstrings": 128}                  # longer examples are left out
-MORE_RIGHT, AS_GOOD, AS_LOW, FORGOTTEN = 0.10, 0.05, 0.05, 0.02     # the margins
+
+MORE_CALLS = Claim("LoRA gives more right tool calls than examples in the prompt", "10",
+                   "share of right calls, LoRA minus ten examples in the prompt", 0.10)
+AS_MANY = Claim("LoRA gives as many right tool calls as full fine-tuning", "10",
+                "share of right calls, LoRA minus full", -0.05, 0.05)
+AS_WELL = Claim("LoRA fits docstrings as well as full fine-tuning", "10",
+                "loss in nats, LoRA minus full", -0.05, 0.05)
+FORGETS = {task: Claim(f"full fine-tuning on {task}, each at its rate, forgets more than LoRA", "10",
+                       "loss of prose in nats, full minus LoRA", 0.02) for task in TASKS}
 
 
 @lru_cache
@@ -214,30 +222,16 @@ def verdicts() -> list[Verdict]:
     ready = [task for task in TASKS if len(seeds(task)) > 1]
     if "calls" in ready:
         right = of("calls", "exact")
-        more = right["LoRA"] - right["few-shot"]
-        found += [
-            Verdict("on SmolLM2, LoRA gives more right tool calls than examples in the prompt",
-                    "10", judge(by_seeds(more), MORE_RIGHT),
-                    f"right calls: {shown(more, '+.2f')} more, from {shown(right['few-shot'])}; "
-                    f"margin {MORE_RIGHT}"),
-            Verdict("on SmolLM2, LoRA gives as many right tool calls as full fine-tuning", "10",
-                    judge(by_seeds(right["LoRA"] - right["full"]), -AS_GOOD, AS_GOOD),
-                    f"right calls: {shown(right['LoRA'] - right['full'], '+.2f')} more than full's "
-                    f"{right['full'].mean():.2f}; margin {AS_GOOD}")]
+        more = lambda method: of_shares(right["LoRA"], right[method], TESTED)
+        found += [MORE_CALLS.judged(more("few-shot"), note=f"from {shown(right['few-shot'])}"),
+                  AS_MANY.judged(more("full"), note=f"full's {right['full'].mean():.2f}")]
     if "docstrings" in ready:
         low = of("docstrings", "loss")
-        found.append(Verdict(
-            "on SmolLM2, LoRA fits docstrings as well as full fine-tuning", "10",
-            judge(by_seeds(low["LoRA"] - low["full"]), -AS_LOW, AS_LOW), "loss in nats: "
-            f"{shown(low['LoRA'] - low['full'], '+.3f')} beside full's {low['full'].mean():.2f}; "
-            f"margin {AS_LOW}"))
-    for task in ready:
-        rise = compared(task, "full", "prose") - compared(task, "LoRA", "prose")
-        found.append(Verdict(
-            f"on SmolLM2, full fine-tuning on {task} forgets more than LoRA", "10",
-            judge(by_seeds(rise), FORGOTTEN), f"loss of prose in nats: {shown(rise, '+.2f')}; "
-            f"margin {FORGOTTEN}"))
-    return found
+        found.append(AS_WELL.judged(by_seeds(low["LoRA"] - low["full"]), form="+.3f",
+                                    note=f"full's {low['full'].mean():.2f}"))
+    rise = lambda task: compared(task, "full", "prose") - compared(task, "LoRA", "prose")
+    found += [FORGETS[task].judged(by_seeds(rise(task))) for task in ready]
+    return [verdict.on("SmolLM2") for verdict in found]
 
 
 if __name__ == "__main__":
