@@ -15,6 +15,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 HERE = Path(__file__).parent
 
 
@@ -64,6 +66,16 @@ def drawn(draw: Callable[[Any], None]) -> str:
         draw(figure.subplots())
         figure.savefig(file, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def packed(matrix) -> dict:
+    """A matrix (rows, columns) as 255 steps from its largest entry to minus that, in base64: a
+    byte a number. `unpacked` of common.js reads it."""
+    matrix = np.asarray(matrix, float)
+    unit = np.abs(matrix).max() / 127 or 1.0
+    numbers = np.round(matrix / unit).astype(np.int8)
+    return {"shape": matrix.shape, "unit": float(f"{unit:.4g}"),
+            "bytes": base64.b64encode(numbers.tobytes()).decode()}
 
 
 def ask(question: str, answers: dict[str, str], right: str) -> None:

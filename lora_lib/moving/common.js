@@ -70,6 +70,17 @@ function note() {
   return element("p", { class: "note", "aria-live": "polite" });
 }
 
+function mean(values) {
+  return values.reduce((sum, value) => sum + value, 0) / values.length;
+}
+
+// The matrix that `packed` of lora_lib.moving packed, as rows.
+function unpacked({ shape: [rows, columns], unit, bytes }) {
+  const numbers = Int8Array.from(atob(bytes), (letter) => letter.charCodeAt(0));
+  return Array.from({ length: rows }, (_, i) =>
+    Array.from(numbers.subarray(i * columns, (i + 1) * columns), (number) => number * unit));
+}
+
 // Calls draw(width) now and whenever the width of `box` changes.
 function fitted(box, draw) {
   let last = 0;
@@ -93,10 +104,23 @@ function ticks(low, high, count = 5) {
   return found;
 }
 
+// Round numbers of [low, high] on a logarithmic axis, at most `count` where that can be.
+function logTicks(low, high, count = 7) {
+  const within = (steps) => {
+    const found = [];
+    for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
+      found.push(...steps.map((step) => Number(`${step}e${power}`)));
+    }
+    return found.filter((value) => low <= value && value <= high);
+  };
+  return [[1, 2, 5], [1, 3], [1]].map(within).find((found) => found.length <= count) ?? within([1]);
+}
+
 // A chart in a box, drawn anew at any width, so that its letters keep their size.
 //   x, y: {label, low, high, log?, ticks?, written?}
-//   lines: [{name, color, points: [[x, y], ...], dash?, dots?, only?}], `only` for dots alone
-//   marks: [{x?, y?, name?}], a dotted line across
+//   lines: [{name, color, points: [[x, y], ...], dash?, dots?, only?, faint?}], `only` for dots alone
+//   marks: [{x?, y?, name?}], a dotted line across, or [{x, from, to, color}], an interval of x as a
+//     bar above the axis; an end that is null is not known
 // Returns a function that draws other lines and marks on the same axes.
 function chart(box, { x, y, height = 260 }) {
   let lines = [], marks = [], width = 0;
@@ -131,7 +155,15 @@ function chart(box, { x, y, height = 260 }) {
     parts.push(shape("text", { x: (left + width - right) / 2, y: height - 6,
       "text-anchor": "middle" }, x.label));
     parts.push(shape("text", { x: 4, y: 12 }, y.label));
-    for (const mark of marks) {
+    const bars = marks.filter((mark) => mark.from !== undefined);
+    for (const [i, { x: middle, from, to, color }] of bars.entries()) {
+      const level = height - bottom - 9 - 12 * i;
+      const ends = [from === null ? left : across(from), to === null ? width - right : across(to)];
+      parts.push(shape("line", { x1: ends[0], x2: ends[1], y1: level, y2: level, stroke: color,
+        "stroke-width": 3, "stroke-dasharray": from === null || to === null ? "4 3" : null }));
+      parts.push(shape("circle", { cx: across(middle), cy: level, r: 5, fill: color }));
+    }
+    for (const mark of marks.filter((mark) => mark.from === undefined)) {
       const line = mark.x === undefined
         ? { x1: left, x2: width - right, y1: inside(up(mark.y)), y2: inside(up(mark.y)) }
         : { x1: across(mark.x), x2: across(mark.x), y1: top, y2: height - bottom };
@@ -141,12 +173,13 @@ function chart(box, { x, y, height = 260 }) {
           "text-anchor": "end" }, mark.name));
       }
     }
-    for (const { name, color, points, dash, dots, only } of lines) {
+    for (const { color, points, dash, dots, only, faint } of lines) {
       const placed = points.filter((point) => point[1] !== null)
         .map(([a, b]) => [across(a), inside(up(b))]);
       if (!only) {
         parts.push(shape("polyline", { points: placed.map((p) => p.join(",")).join(" "),
-          fill: "none", stroke: color, "stroke-width": 2.2, "stroke-dasharray": dash ?? null }));
+          fill: "none", stroke: color, "stroke-width": faint ? 1 : 2.2,
+          "stroke-opacity": faint ? 0.5 : 1, "stroke-dasharray": dash ?? null }));
       }
       if (dots || only) {
         parts.push(...placed.map(([cx, cy]) => shape("circle", { cx, cy, r: 4, fill: color })));
