@@ -76,7 +76,9 @@ function mean(values) {
 
 // The matrix that `packed` of lora_lib.moving packed, as rows.
 function unpacked({ shape: [rows, columns], unit, bytes }) {
-  const numbers = Int8Array.from(atob(bytes), (letter) => letter.charCodeAt(0));
+  const packed = Uint8Array.from(atob(bytes), (letter) => letter.charCodeAt(0));
+  const Numbers = packed.length === rows * columns ? Int8Array : Int16Array;
+  const numbers = new Numbers(packed.buffer);
   return Array.from({ length: rows }, (_, i) =>
     Array.from(numbers.subarray(i * columns, (i + 1) * columns), (number) => number * unit));
 }
@@ -113,7 +115,8 @@ function logTicks(low, high, count = 7) {
     }
     return found.filter((value) => low <= value && value <= high);
   };
-  return [[1, 2, 5], [1, 3], [1]].map(within).find((found) => found.length <= count) ?? within([1]);
+  return [[1, 2, 3, 5], [1, 2, 5], [1, 3]].map(within).find((found) => found.length <= count)
+    ?? within([1]);
 }
 
 // A chart in a box, drawn anew at any width, so that its letters keep their size.
@@ -178,8 +181,8 @@ function chart(box, { x, y, height = 260 }) {
         .map(([a, b]) => [across(a), inside(up(b))]);
       if (!only) {
         parts.push(shape("polyline", { points: placed.map((p) => p.join(",")).join(" "),
-          fill: "none", stroke: color, "stroke-width": faint ? 1 : 2.2,
-          "stroke-opacity": faint ? 0.5 : 1, "stroke-dasharray": dash ?? null }));
+          fill: "none", stroke: color, "stroke-width": faint ? 1.4 : 2.2,
+          "stroke-opacity": faint ? 0.6 : 1, "stroke-dasharray": dash ?? null }));
       }
       if (dots || only) {
         parts.push(...placed.map(([cx, cy]) => shape("circle", { cx, cy, r: 4, fill: color })));
@@ -189,7 +192,7 @@ function chart(box, { x, y, height = 260 }) {
     let at = width - right;
     for (const { name, color } of [...lines].filter((line) => line.name).reverse()) {
       parts.push(shape("text", { x: at, y: 12, "text-anchor": "end" }, name));
-      at -= 7 * name.length + 6;
+      at -= 7 * name.length + 10;
       parts.push(shape("circle", { cx: at, cy: 8, r: 5, fill: color }));
       at -= 16;
     }

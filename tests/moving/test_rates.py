@@ -1,0 +1,86 @@
+"""The figure of the rates says what `lora_lib.experiments.rates` says of the same rows."""
+
+import re
+
+import numpy as np
+import pytest
+
+from lora_lib.experiments import small_rates
+from lora_lib.experiments.intervals import best_rate
+from lora_lib.experiments.rates import FIXED, FULL, times
+from lora_lib.moving.rates import runs
+from tests.moving.node import call
+from tests.moving.stored import outputs
+
+KEYS = [FULL, *((scheme, rank) for scheme in small_rates.SCHEMES for rank in small_rates.RANKS)]
+
+
+@pytest.fixture(scope="module")
+def found():
+    return runs(small_rates.grid, small_rates.RANKS, small_rates.SCHEMES)
+
+
+@pytest.fixture(scope="module")
+def said(found):
+    full, *others = call("rates", "(runs) => runs.map((run) => sentence(run, runs[0]))", found)
+    return dict(zip(KEYS[1:], others))
+
+
+def test_mean_losses(found):
+    for key, points in zip(KEYS, call("rates", "(runs) => runs.map(means)", found), strict=True):
+        grid = small_rates.grid(*key)
+        rates, losses, whole = zip(*points)
+        assert rates == grid.rates and list(whole) == grid.shared.tolist()
+        assert losses == pytest.approx(np.nanmean(grid.test, axis=0), rel=1e-12)
+
+
+def test_best_rates_and_losses(said):
+    full = small_rates.grid(*FULL)
+    for key in KEYS[1:]:
+        grid = small_rates.grid(*key)
+        best, over = best_rate(*grid.curve), times(grid, full)
+        assert re.search(rf"the best rate is {best.middle:.2g}\b", said[key])
+        assert f", {over.middle:.2g} (" in said[key]
+        assert f"which is {best_rate(*full.curve).text('.2g')}." in said[key]
+        assert f"LoRA {grid.own().mean():.3f}, full {full.own().mean():.3f}." in said[key]
+
+
+def test_the_table_of_the_chapter(said):
+    (table,) = (one.data["text/markdown"] for one in outputs("07_hyperparameters", "rates-higher")
+                if "data" in one)
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+) \| (.*?) \|$", table, re.MULTILINE)
+    assert len(rows) == len(small_rates.RANKS)
+    for rank, best, over in rows:
+        text = said[FIXED, int(rank)]
+        assert f"the best rate is {best} (" in text and f", {over} times that of full" in text
+
+
+@pytest.mark.parametrize("interval, text", [
+    ([3.42, 2.61, 4.74], "3.4 (2.6 to 4.7)"), ([0.00153, None, 0.00176], "0.0015 (0.0018 at most)"),
+    ([2, 1.88, None], "2 (1.9 at least)"), ([2, None, None], "2 (the seeds leave it open)")])
+def test_an_end_that_is_not_known_is_not_said(interval, text):
+    assert call("rates", "words", interval) == text
+
+
+def test_every_run_is_inside_the_axes(found):
+    ends = call("rates", "ends", {"runs": found})
+    for key in KEYS:
+        grid = small_rates.grid(*key)
+        assert ends["x"][0] < min(grid.rates) and max(grid.rates) < ends["x"][1]
+        assert ends["y"][0] < np.nanmin(grid.test) and np.nanmax(grid.test) < ends["y"][1]
+
+
+def luminance(levels):
+    parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in levels]
+    return np.dot([0.2126, 0.7152, 0.0722], parts)
+
+
+def test_letters_are_read_on_every_colour():
+    losses = np.geomspace(0.3, 3, 60).tolist()
+    lights = []
+    for color, ink in call("rates", "(losses) => losses.map((loss) => shade(loss, 0.3))", losses):
+        ground = luminance([int(n) / 255 for n in re.findall(r"\d+", color)])
+        letters = {"#000": 0, "#fff": 1}[ink]
+        assert (max(ground, letters) + 0.05) / (min(ground, letters) + 0.05) > 4.5
+        lights.append(ground)
+    assert (np.diff(lights) <= 1e-9).all()           # the lower the loss, the lighter
