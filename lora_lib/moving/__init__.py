@@ -68,13 +68,13 @@ def drawn(draw: Callable[[Any], None]) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def packed(matrix) -> dict:
+def packed(matrix, width: int = 1) -> dict:
     """A matrix (rows, columns) as 255 steps from its largest entry to minus that, in base64: a
-    byte a number. `unpacked` of common.js reads it."""
+    byte a number, or 65,535 steps in a `width` of two. `unpacked` of common.js reads it."""
     matrix = np.asarray(matrix, float)
-    unit = np.abs(matrix).max() / 127 or 1.0
-    numbers = np.round(matrix / unit).astype(np.int8)
-    return {"shape": matrix.shape, "unit": float(f"{unit:.4g}"),
+    unit = np.abs(matrix).max() / np.iinfo(f"i{width}").max or 1.0
+    numbers = np.round(matrix / unit).astype(f"<i{width}")
+    return {"shape": matrix.shape, "unit": float(f"{unit:.7g}"),
             "bytes": base64.b64encode(numbers.tobytes()).decode()}
 
 
