@@ -190,7 +190,7 @@ def memory(shape: ModelShape, *, batch: int, sequence: int, rank: int | None = N
                   gradients=trained * trainable_bytes,
                   optimizer=trained * trainable_bytes * moments,
                   activations=trace.most_kept(activation_bytes) if checkpointing else
-                  _bytes(trace.kept.values(), activation_bytes))
+                  trace.all_kept(activation_bytes))
 
 
 def nf4_bytes(out_features: int, in_features: int, *, block: int = 64, double: bool = True) -> int:
@@ -294,8 +294,8 @@ class _Trace:
     rank: int | None
     target_modules: str | Iterable[str]
     casts: bool = False                          # adapters keep A and B in the activations' dtype
-    kept: dict[int, _Tensor] = field(default_factory=dict)
     layers: list[tuple[_Tensor, dict[int, _Tensor]]] = field(default_factory=list)
+    kept: dict[int, _Tensor] = field(default_factory=dict)   # in this layer; last, at the head
     forward: int = 0
     backward: int = 0
 
@@ -307,26 +307,29 @@ class _Trace:
         x = _Tensor(self.tokens * s.hidden_size, full)               # the embeddings
         self.rotary = _Tensor(2 * self.sequence * s.head_dim, False)
         for _ in range(s.num_layers):
-            given, before = x, set(self.kept)
+            self.layers.append((x, self.kept))
             x = self.plus(x, self.attention(self.norm(x)))
             x = self.plus(x, self.mlp(self.norm(x)))
-            self.layers.append((given, {key: t for key, t in self.kept.items()
-                                        if key not in before}))
+            self.kept = {}
         self.linear(self.norm(x), "lm_head", (s.vocab_size, s.hidden_size))
         self.keep(_Tensor(self.tokens * s.vocab_size, True, float32=True))   # log-probabilities
         return self
 
+    def all_kept(self, each):
+        """The bytes kept at the end of the forward pass; the rotary tables once for all layers."""
+        kept = dict(self.kept)
+        for _, inside in self.layers:
+            kept.update(inside)
+        return _bytes(kept.values(), each)
+
     def most_kept(self, each):
         """The most bytes kept at one time when every layer is computed again."""
-        inside = {key for _, kept in self.layers for key in kept}
-        ends = _bytes((t for key, t in self.kept.items() if key not in inside), each)
-        again = 0
-        for given, kept in self.layers:
-            kept = kept | ({id(self.rotary): self.rotary} if id(self.rotary) in self.kept else {})
-            # The layer's first norm keeps the input itself unless it must make a float32 of it.
-            shared = _bytes([given], each) if given.requires_grad and each >= 4 else 0
-            again = max(again, _bytes(kept.values(), each) - shared)
-        return _bytes((given for given, _ in self.layers), each) + max(ends, again)
+        # A layer's first norm keeps the layer's input itself, unless it must make a float32 of it.
+        again = max(_bytes(kept.values(), each)
+                    - (_bytes([x], each) if x.requires_grad and each >= 4 else 0)
+                    for x, kept in self.layers)
+        return (_bytes((x for x, _ in self.layers), each)
+                + max(again, _bytes(self.kept.values(), each)))
 
     def attention(self, x):
         q, k, v = (self.linear(x, name) for name in ("q_proj", "k_proj", "v_proj"))

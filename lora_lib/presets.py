@@ -1,10 +1,11 @@
 """The dimensions of models that people adapt, each with the configuration that it was read in.
 
 `PRESETS` is {name: Preset}, smaller ones first. Only dense models that `ModelShape` counts whole
-are here: Llama's layout, Qwen2's with its biases, Qwen3's with its norms of heads.
+are here: Llama's layout, Qwen2's with its biases, Qwen3's with its norms of heads. `GPUS` is
+{gigabytes: a GPU that has so many}.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from lora_lib.costs import LLAMA_7B, ModelShape
 
@@ -56,3 +57,18 @@ PRESETS = {
     "Qwen3 32B": Preset(_qwen3(5120, 25_600, 64, 64), COPIES),
     "Llama 3.1 70B": Preset(_llama3(8192, 28_672, 80, 64), LITGPT),
 }
+
+GPUS = {8: "RTX 4060", 16: "T4", 24: "L4, RTX 4090", 40: "A100 (40 GB)", 48: "L40S", 80: "H100",
+        141: "H200"}
+
+
+def choices(model: str = "Llama 7B") -> dict:
+    """What the figure `fits` of `lora_lib.moving` is given: presets, GPUs, the model it begins with.
+
+    Raises ValueError for a model that is not among the presets.
+    """
+    if model not in PRESETS:
+        raise ValueError(f"no preset is called {model!r}; there are {list(PRESETS)}")
+    return {"presets": {name: asdict(preset) for name, preset in PRESETS.items()},
+            "gpus": [{"gb": gb, "name": name} for gb, name in GPUS.items()],
+            "at": {"model": model}}
