@@ -43,21 +43,25 @@ def panels(columns: int = 2, rows: int = 1, *, width: float = 4.2, height: float
 
 
 def curves(series: dict, *, x=None, xlabel="step", ylabel="loss", title=None, logx=False,
-           logy=False, markers=False, ylim=None, hline=None, ax=None) -> None:
+           logy=False, markers=False, ylim=None, hline=None, colors=PALETTE, dots=False,
+           ax=None) -> None:
     """One line for each label in `series`: {label: y}, or {label: (x, y)}.
 
     Where y is two-dimensional, (repeats, points), the line is the mean and the band spans from
-    the least to the greatest repeat. `hline` is {label: height} for dashed reference lines.
+    the least to the greatest repeat, or with `dots` each repeat is a dot. `hline` is {label:
+    height} for dashed reference lines.
     """
     with _axes(ax) as ax:
         for i, (label, data) in enumerate(series.items()):
             at, y = data if isinstance(data, tuple) else (x, data)
             y = np.asarray(y, float)
             at = np.arange(y.shape[-1]) if at is None else np.asarray(at, float)
-            color = PALETTE[i % len(PALETTE)]
+            color = colors[i % len(colors)]
             ax.plot(at, y.mean(0) if y.ndim == 2 else y, LINES[i % len(LINES)], color=color,
                     marker=MARKERS[i % len(MARKERS)] if markers else None, label=label)
-            if y.ndim == 2:
+            if y.ndim == 2 and dots:
+                ax.plot(at, y.T, MARKERS[i % len(MARKERS)], color=color, markersize=3, alpha=0.5)
+            elif y.ndim == 2:
                 ax.fill_between(at, y.min(0), y.max(0), color=color, alpha=0.2, linewidth=0)
         for label, height in (hline or {}).items():
             ax.axhline(height, color=BLACK, linestyle=":", linewidth=1.2, label=label)
@@ -74,13 +78,13 @@ def curves(series: dict, *, x=None, xlabel="step", ylabel="loss", title=None, lo
 
 
 def points(groups: dict, *, ylabel, xlabel=None, title=None, ylim=None, logy=False, hline=None,
-           ax=None) -> None:
+           colors=PALETTE, ax=None) -> None:
     """Every repeat as a dot above its label, with a bar at the mean: {label: values}."""
     with _axes(ax) as ax:
         for i, values in enumerate(groups.values()):
             values = np.asarray(values, float)
             spread = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else [0]
-            color = PALETTE[i % len(PALETTE)]
+            color = colors[i % len(colors)]
             ax.plot(i + np.asarray(spread), values, MARKERS[i % len(MARKERS)], color=color)
             ax.plot([i - 0.28, i + 0.28], [values.mean()] * 2, color=color, linewidth=2.5)
         for label, height in (hline or {}).items():
@@ -256,6 +260,60 @@ def paths(*, backward: bool = False, ax=None) -> None:
             ax.text(x, 1.5, f"{size} numbers", ha=side, va="top", fontsize=11)
         ax.text(8.7, 1.1, r"$\times\,\alpha/r$", va="center", fontsize=12)
         ax.set(xlim=(-1.3, 11.3), ylim=(-0.1, 3.1))
+        ax.axis("off")
+
+
+def merging(*, ax=None) -> None:
+    """W beside B and A becomes one matrix of W's shape by merging, and comes apart again by
+    unmerging. Its letters are large enough for a figure 5 wide, on a phone."""
+    with _axes(ax) as ax:
+        thin, middle = 0.16, 0.5
+        for x, width, height, color, name, shape in (
+                (0, 1, 1, FROZEN, "$W$", "d × k"), (1.48, thin, 1, ORANGE, "$B$", "d × r"),
+                (1.92, 1, thin, BLUE, "$A$", "r × k"), (4.05, 1, 1, FROZEN, "$W'$", "d × k")):
+            corner, big = (x, middle - height / 2), width == height
+            ax.add_patch(Rectangle(corner, width, height, color=color))
+            if name == "$W'$":                               # the update is in every entry
+                ax.add_patch(Rectangle(corner, width, height, facecolor="none", hatch="///",
+                                       edgecolor=ORANGE, linewidth=0))
+            ax.text(x + width / 2, middle if big else middle + height / 2 + 0.13, name,
+                    ha="center", va="center", fontsize=16,
+                    bbox={"facecolor": FROZEN, "linewidth": 0, "pad": 2} if big else None)
+            ax.text(x + width / 2, middle - height / 2 - 0.06, shape, ha="center", va="top",
+                    fontsize=12)
+        for x, sign in ((1.22, "$+\\;s$"), (1.78, r"$\times$")):
+            ax.text(x, middle, sign, ha="center", va="center", fontsize=14)
+        for y, start, end, name, side, at in ((0.6, 3.1, 3.88, "merge", "bottom", 0.66),
+                                              (0.4, 3.88, 3.1, "unmerge", "top", 0.34)):
+            ax.annotate("", (end, y), (start, y), arrowprops={"arrowstyle": "-|>", "color": GREY})
+            ax.text(3.49, at, name, ha="center", va=side, fontsize=12)
+        ax.set(xlim=(-0.05, 5.1), ylim=(-0.25, 1.3), aspect="equal")
+        ax.axis("off")
+
+
+def number_line(numbers, weight, updates, *, form="{:.4f}", ax=None) -> None:
+    """The numbers that a format has around `weight`, and where `weight` plus each update is stored.
+
+    A sum in the shaded part is nearest to `weight` itself. `form` writes the numbers.
+    """
+    with _axes(ax) as ax:
+        numbers = np.sort(np.asarray(numbers, float))
+        own = int(np.abs(numbers - weight).argmin())
+        low, high = ((numbers[own] + numbers[own + side]) / 2 for side in (-1, 1))
+        ax.axvspan(low, high, color=FROZEN, alpha=0.5, linewidth=0)
+        ax.plot(numbers, 0 * numbers, "|-", color=GREY, markersize=18, linewidth=1.2)
+        for y, update in zip(np.linspace(2, 1, len(updates)), updates):
+            stored = numbers[np.abs(numbers - weight - update).argmin()]
+            color = RED if stored == numbers[own] else BLACK
+            ax.annotate("", (weight + update, y), (weight, y), arrowprops={
+                "arrowstyle": "-|>", "color": color, "shrinkA": 0, "shrinkB": 0})
+            ax.plot([weight + update, stored], [y, 0], ":", color=color)
+            ax.plot(stored, 0, "o", color=color, markersize=7)
+            ax.text(weight + update, y, f"  + {np.format_float_positional(update)}, stored as "
+                    f"{form.format(stored)}", va="center", fontsize=12, color=color)
+        for number in numbers:
+            ax.text(number, -0.45, form.format(number), ha="center", va="top", fontsize=12)
+        ax.set(ylim=(-1.2, 2.5), yticks=[], xticks=[])
         ax.axis("off")
 
 
