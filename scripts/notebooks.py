@@ -3,6 +3,7 @@
     python scripts/notebooks.py            every chapter
     python scripts/notebooks.py 03 05      those two
     python scripts/notebooks.py --check    run nothing, list what is wrong with the stored files
+    python scripts/notebooks.py --figures  run nothing, give figures that move today's JavaScript
 
 A chapter is written only after all of its cells ran, and never half.
 """
@@ -21,6 +22,8 @@ import yaml
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
+
+from lora_lib import moving
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
@@ -113,6 +116,16 @@ def normalise(notebook: NotebookNode) -> None:
                     output.execution_count = count
 
 
+def renew(notebook: NotebookNode) -> None:
+    """Give the stored figures that move the JavaScript and the style of `lora_lib.moving` as they
+    are now; their data stay."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            html = output.get("data", {}).get("text/html", "")
+            if 'class="moving"' in html:
+                output.data["text/html"] = moving.renewed(html)
+
+
 def write(notebook: NotebookNode, path: Path) -> None:
     """Write `notebook` to `path` in one step: a reader sees the old file or the new one."""
     text = nbformat.writes(notebook, version=nbformat.NO_CONVERT).rstrip("\n") + "\n"
@@ -193,6 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("chapter", nargs="*", help="the beginning of a file name, such as 03")
     parser.add_argument("--check", action="store_true", help="run nothing, list faults")
+    parser.add_argument("--figures", action="store_true", help="run nothing, renew figures' code")
     options = parser.parse_args(arguments)
     try:
         paths = chapters(options.chapter)
@@ -205,6 +219,11 @@ def main(arguments: list[str] | None = None) -> int:
             found = file_faults(path, repository())
             print("\n".join(f"{path.name}: {fault}" for fault in found) or f"{path.name}: clean")
             failed += bool(found)
+            continue
+        if options.figures:
+            notebook = nbformat.read(path, as_version=4)
+            renew(notebook)
+            write(notebook, path)
             continue
         start = time.perf_counter()
         try:

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
+MADE = 'const made = document.createElement("div");\n'                 # after the code
 
 
 def show(name: str, data, *, label: str, still: Callable[[Any], None] | None = None) -> None:
@@ -37,15 +39,28 @@ def html(name: str, data, *, label: str, still: Callable[[Any], None] | None = N
     if name not in known:
         raise ValueError(f"no figure is called {name!r}; there are {known}")
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
-    code, style = source(name), (HERE / "style.css").read_text("utf8")
     key = "moving-" + hashlib.sha256(f"{name} {text}".encode()).hexdigest()[:10]
     picture = (f'<img src="{drawn(still)}" alt="{escape(label)}">' if still
                else f"<p>{escape(label)}</p>")
-    return (f'<style>\n{style}</style>\n<div class="moving" id="{key}" role="group" '
-            f'aria-label="{escape(label)}">{picture}</div>\n<script>\n(() => {{\n{code}\n'
-            f'const made = document.createElement("div");\nmade.id = "{key}-made";\n'
-            f"mount(made, {text});\n"
-            f'document.getElementById("{key}").replaceChildren(made);\n}})();\n</script>')
+    return _around(name, f'<div class="moving" id="{key}" data-figure="{name}" role="group" '
+                   f'aria-label="{escape(label)}">{picture}</div>\n',
+                   f'{MADE}made.id = "{key}-made";\nmount(made, {text});\n'
+                   f'document.getElementById("{key}").replaceChildren(made);\n}})();\n</script>')
+
+
+def renewed(shown: str) -> str:
+    """What `show` has displayed some time ago, of the same data, with today's JavaScript and
+    style. Raises ValueError for what is no such thing."""
+    seen = re.search(r'<div class="moving" id="[^"]*" data-figure="(\w+)".*?</div>\n(?=<script>)',
+                     shown, re.DOTALL)
+    if not seen or MADE not in shown:
+        raise ValueError(f"this is no figure that moves: {shown[:80]!r}")
+    return _around(seen[1], seen[0], shown[shown.rindex(MADE):])
+
+
+def _around(name, seen, end):
+    style = (HERE / "style.css").read_text("utf8")
+    return f"<style>\n{style}</style>\n{seen}<script>\n(() => {{\n{source(name)}\n{end}"
 
 
 def source(name: str) -> str:

@@ -2,10 +2,13 @@
 
 import re
 
+import nbformat
 import pytest
 
+import notebooks
 from lora_lib import moving, plots
 from tests.moving.node import call
+from tests.moving.stored import BOOK
 
 NAMES = sorted(path.stem for path in moving.HERE.glob("*.js") if path.stem != "common")
 
@@ -49,3 +52,22 @@ def test_colours_are_those_of_the_pictures():
 def test_ticks_are_round_and_inside():
     assert call(NAMES[0], "ticks", 0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
     assert call(NAMES[0], "ticks", -3, 7, 4) == [-2, 0, 2, 4, 6]
+
+
+def test_a_figure_is_renewed(tmp_path, monkeypatch):
+    now = moving.html(NAMES[0], {"a": 1}, label="<b>", still=lambda ax: plots.curves({"a": [1]}, ax=ax))
+    assert moving.renewed(now) == now
+    for path in moving.HERE.glob("*.*s*"):
+        (tmp_path / path.name).write_text(path.read_text("utf8") + "/* later */\n", "utf8")
+    monkeypatch.setattr(moving, "HERE", tmp_path)
+    later = moving.renewed(now)
+    assert later.count("/* later */") == 3 and later.replace("/* later */\n", "") == now
+    with pytest.raises(ValueError, match="no figure that moves"):
+        moving.renewed("<div></div>")
+
+
+@pytest.mark.parametrize("path", sorted(BOOK.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_stored_figures_have_the_code_of_today(path):
+    notebook = nbformat.read(path, as_version=4)
+    notebooks.renew(notebook)                # python scripts/notebooks.py --figures does it
+    assert notebook == nbformat.read(path, as_version=4)
