@@ -317,6 +317,39 @@ def number_line(numbers, weight, updates, *, form="{:.4f}", ax=None) -> None:
         ax.axis("off")
 
 
+def shared_base(names: tuple[str, ...] = ("last", "count", "first"), *, ax=None) -> None:
+    """Many adapters on one base: each request's vector goes through the one frozen W, and through
+    the A and B that its name says."""
+    with _axes(ax) as ax:
+        high = len(names) * 2.0
+        ax.add_patch(Rectangle((2.6, 0), 5.2, high, color=FROZEN, alpha=0.6))
+        ax.text(5.2, high + 0.2, "one frozen $W$ for all", ha="center", va="bottom", fontsize=12)
+        for i, name in enumerate(names):
+            top, low = high - 2 * i - 0.55, high - 2 * i - 1.4
+            for points in (((1.4, top), (8.35, top)), ((2.0, top), (2.0, low), (3.45, low)),
+                           ((4.45, low), (5.95, low)), ((6.95, low), (8.6, low), (8.6, top - 0.25)),
+                           ((8.85, top), (9.6, top))):
+                ax.plot(*zip(*points[:-1]), color=BLACK, linewidth=1.2)
+                ax.annotate("", points[-1], points[-2], arrowprops={
+                    "arrowstyle": "-|>", "color": BLACK, "shrinkA": 0, "shrinkB": 0})
+            for x, sides, color, letter in ((3.5, (0.5, 0.25), BLUE, "$A$"),
+                                            (6.0, (0.25, 0.5), ORANGE, "$B$")):
+                (left, right) = sides
+                ax.add_patch(Polygon([(x, low - left), (x, low + left), (x + 0.9, low + right),
+                                      (x + 0.9, low - right)], color=color))
+                ax.text(x + 0.45, low, letter, ha="center", va="center", fontsize=12,
+                        color="white" if color == BLUE else "black")
+            ax.text(5.2, low, name, ha="center", va="center", fontsize=10, style="italic",
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})
+            ax.text(5.2, top + 0.08, "$W x$", ha="center", va="bottom", fontsize=11)
+            ax.text(8.6, top, "+", ha="center", va="center", fontsize=12,
+                    bbox={"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": BLACK})
+            ax.text(1.3, top, f"wants\n{name}", ha="right", va="center", fontsize=10)
+            ax.text(9.7, top, "$h$", va="center", fontsize=12)
+        ax.set(xlim=(0, 10.2), ylim=(-0.1, high + 0.8))
+        ax.axis("off")
+
+
 @contextmanager
 def _axes(ax):
     if ax is not None:
