@@ -144,7 +144,7 @@ function mount(root, data) {
     controls(slider("rank", ranks, 0, change, ({ rank }) => String(rank))),
     said,
     element("div", { class: "columns" }, box,
-      element("div", { class: "row" }, wholeBox, cutBox, loraBox)),
+      element("div", { class: "pictures" }, wholeBox, cutBox, loraBox)),
     counted, tiles);
   change(ranks[0]);
 }
