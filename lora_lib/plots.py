@@ -19,6 +19,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = PALETTE = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS, LINES = "osD^vPX", ("-", "--", "-.", ":")
 FROZEN, GRID, GREY = "#B8C4CE", "#DDDDDD", "#777777"
+MEMORY = {"weights": FROZEN, "gradients": GREEN, "optimizer": PURPLE, "activations": SKY}
 
 HOUSE: dict[Any, Any] = {
     "figure.figsize": (6.4, 3.6), "figure.dpi": 150, "figure.constrained_layout.use": True,
@@ -135,9 +136,10 @@ def effects(groups: dict, *, colors: dict, markers: dict, width: float = 7.2) ->
         plt.show()
 
 
-def bars(groups: dict, *, xlabel, title=None, logx=False, unit="", digits=3, ax=None) -> None:
+def bars(groups: dict, *, xlabel, title=None, logx=False, unit="", digits=3, colors=None,
+         ax=None) -> None:
     """Horizontal bars with their values written out: {label: value}, or {label: {part: value}},
-    whose parts are stacked."""
+    whose parts are stacked. `colors` are by part; without them they are the palette's, in order."""
     with _axes(ax) as ax:
         parts = list(dict.fromkeys(p for v in groups.values() if isinstance(v, dict) for p in v))
         labels = list(groups)
@@ -145,8 +147,8 @@ def bars(groups: dict, *, xlabel, title=None, logx=False, unit="", digits=3, ax=
         for i, part in enumerate(parts or [None]):
             width = np.array([groups[name].get(part, 0) if parts else groups[name]
                               for name in labels], float)
-            ax.barh(labels, width, left=left, color=PALETTE[i % len(PALETTE)], label=part,
-                    edgecolor="white")
+            ax.barh(labels, width, left=left, label=part, edgecolor="white",
+                    color=colors[part] if colors else PALETTE[i % len(PALETTE)])
             left += width
         for y, total in enumerate(left):
             ax.text(total, y, f" {total:,.{digits}g}{unit}", va="center")
@@ -166,10 +168,10 @@ def heatmap(values, *, rows, columns, xlabel, ylabel, title=None, unit="", form=
     with _axes(ax) as ax:
         values = np.asarray(values, float)
         image = ax.imshow(values, cmap=colors, aspect="auto")
-        middle = (np.nanmin(values) + np.nanmax(values)) / 2
         for (i, j), value in np.ndenumerate(values):
+            light = np.dot(image.cmap(image.norm(value))[:3], (0.3, 0.6, 0.1)) > 0.5
             ax.text(j, i, form.format(value), ha="center", va="center", fontsize=8,
-                    color="black" if value > middle else "white")
+                    color="black" if light else "white")
         ax.set_xticks(range(len(columns)), columns)
         ax.set_yticks(range(len(rows)), rows)
         ax.grid(False)

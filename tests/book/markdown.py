@@ -29,6 +29,12 @@ def flat(text: str) -> list[Token]:
 
 
 def markdown_cells(notebook: dict) -> list[tuple[int, str]]:
-    """(index, source) of each Markdown cell of a notebook."""
-    cells = enumerate(notebook["cells"])
-    return [(index, cell["source"]) for index, cell in cells if cell["cell_type"] == "markdown"]
+    """(index, text) of a notebook's prose: its Markdown cells, and its figures' captions."""
+    return [(index, cell["source"] if cell["cell_type"] == "markdown" else figure(cell)["caption"])
+            for index, cell in enumerate(notebook["cells"])
+            if cell["cell_type"] == "markdown" or figure(cell).get("caption")]
+
+
+def figure(cell: dict) -> dict[str, str]:
+    """The "name" and "caption" of the figure that a cell shows, if it has them."""
+    return cell["metadata"].get("mystnb", {}).get("figure", {})

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 import nbformat
 
-from .markdown import flat, markdown_cells, parse
+from .markdown import figure, flat, markdown_cells, parse
 
 SHORTEST_ALT = 20  # characters
 
@@ -34,7 +34,7 @@ _HYPE = re.compile(
 
 
 def read(path: Path) -> list[str]:
-    """The Markdown of a page: the cells of a notebook, or the whole of a text file."""
+    """The Markdown of a page: the prose of a notebook, or the whole of a text file."""
     if path.suffix == ".ipynb":
         notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
         return [text for _, text in markdown_cells(notebook)]
@@ -57,10 +57,16 @@ def anchors(texts: list[str]) -> set[str]:
     return slugs
 
 
-def link_faults(texts: list[str], folder: Path) -> list[str]:
-    """The links and images of a page in `folder` that lead to no file or no heading."""
-    found = []
-    for token in (token for text in texts for token in flat(text)):
+def targets(path: Path) -> set[str]:
+    """The names by which links reach the headings and the figures of a page."""
+    cells = nbformat.read(path, nbformat.NO_CONVERT)["cells"] if path.suffix == ".ipynb" else []
+    return anchors(read(path)) | {figure(cell).get("name", "") for cell in cells} - {""}
+
+
+def link_faults(path: Path) -> list[str]:
+    """The links and images of a page that lead to no file, no heading and no figure."""
+    found, folder = [], path.parent
+    for token in (token for text in read(path) for token in flat(text)):
         target = token.attrGet("href") if token.type == "link_open" else None
         target = token.attrGet("src") if token.type == "image" else target
         if target is None or re.match(r"[a-z][a-z+.-]*:", str(target)):
@@ -68,8 +74,8 @@ def link_faults(texts: list[str], folder: Path) -> list[str]:
         name, _, anchor = unquote(str(target)).partition("#")
         if name and not (folder / name).is_file():
             found.append(f"the link to {target} leads to no file")
-        elif anchor and anchor not in anchors(read(folder / name) if name else texts):
-            found.append(f"the link to {target} leads to no heading")
+        elif anchor and anchor not in targets(folder / name if name else path):
+            found.append(f"the link to {target} leads to no heading and no figure")
     return found
 
 

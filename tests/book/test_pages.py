@@ -16,6 +16,12 @@ def folder(tmp_path):
     return tmp_path
 
 
+def written(folder, text):
+    path = folder / "page.md"
+    path.write_text(text, "utf8")
+    return path
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -25,7 +31,7 @@ def folder(tmp_path):
     ],
 )
 def test_sound_links_pass(folder, text):
-    assert pages.link_faults([text], folder) == []
+    assert pages.link_faults(written(folder, text)) == []
 
 
 @pytest.mark.parametrize(
@@ -40,7 +46,16 @@ def test_sound_links_pass(folder, text):
     ],
 )
 def test_broken_links_are_caught(folder, text):
-    assert len(pages.link_faults([text], folder)) == 1
+    assert len(pages.link_faults(written(folder, text))) == 1
+
+
+def test_a_figure_with_a_name_can_be_linked_and_its_caption_is_prose(folder):
+    notebook = chapter()
+    notebook.cells[4].metadata.mystnb.figure = {"name": "fig-loss", "caption": "See [it](#nothing)."}
+    notebooks.write(notebook, folder / "02_math.ipynb")
+    assert pages.link_faults(written(folder, "[a](02_math.ipynb#fig-loss)")) == []
+    assert len(pages.link_faults(written(folder, "[a](02_math.ipynb#fig-gain)"))) == 1
+    assert len(pages.link_faults(folder / "02_math.ipynb")) == 1
 
 
 def test_repeated_headings_get_different_anchors():
