@@ -63,7 +63,7 @@ GPUS = {8: "RTX 4060", 16: "T4", 24: "L4, RTX 4090", 40: "A100 (40 GB)", 48: "L4
 
 
 def choices(model: str = "Llama 7B") -> dict:
-    """What the figure `fits` of `lora_lib.moving` is given: presets, GPUs, the model it begins with.
+    """What the figure `fits` of `lora_lib.moving` is given: presets, GPUs, a model to begin with.
 
     Raises ValueError for a model that is not among the presets.
     """

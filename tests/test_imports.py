@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 WITHOUT_TORCH = [name for name in ("lora_lib", "lora_lib.rules", "lora_lib.files", "lora_lib.data",
                                    "lora_lib.costs", "lora_lib.text", "lora_lib.words",
                                    "lora_lib.plots", "lora_lib.numpy", "lora_lib.calls",
-                                   "lora_lib.docstrings")
+                                   "lora_lib.docstrings", "lora_lib.presets")
                  if importlib.util.find_spec(name)]
 TRAIN = """
 import numpy as np

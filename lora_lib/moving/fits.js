@@ -235,10 +235,9 @@ function partsTable(found) {
 function gpuTable(gpus, total, buffers) {
   const says = (gb) => {
     const left = gb * 1e9 - total, taken = fit(gb, total, buffers);
-    return taken === "no" ? `no, ${gigabytes(-left)} too little`
-      : `${taken}, ${gigabytes(left)} left`;
+    return `${taken}, ${gigabytes(Math.abs(left))} ${left < 0 ? "short" : "left"}`;
   };
-  return element("table", {}, cells("th", "GPU, for example", "memory", "holds it?"),
+  return element("table", {}, cells("th", "a GPU", "has", "holds it?"),
     ...gpus.map(({ gb, name }) => cells("td", name, `${gb} GB`, says(gb))));
 }
 
@@ -265,16 +264,16 @@ function mount(root, { presets, gpus, at }) {
     said.textContent = `One training step takes ${gigabytes(total)}. ` + (gpu
       ? `The smallest of these GPUs that holds it has ${gpu.gb} GB.`
       : "None of these GPUs holds it alone.");
-    counted.textContent = `${all.toLocaleString("en")} parameters, `
-      + `${trained.toLocaleString("en")} of them trained`
-      + (step.rank === null ? `; the file to keep has ${gigabytes(4 * all)}.`
-        : ` (${(100 * trained / all).toFixed(2)} %); the adapter's file has `
-        + `${megabytes(4 * trained)}.`);
-    left.textContent = "Left out: what lives for a moment. The largest such thing is often the "
-      + `loss's, two numbers for every token and every word of the vocabulary, `
-      + `${gigabytes(buffers)} here; "hardly" says that it does not fit too. The driver and `
-      + "PyTorch's allocator take some more.";
-    out.replaceChildren(partsTable(found), gpuTable(gpus, total, buffers));
+    counted.textContent = `${all.toLocaleString("en")} parameters, ` + (step.rank === null
+      ? `all trained; the file to keep has ${gigabytes(4 * all)}.`
+      : `${trained.toLocaleString("en")} trained beside them (${(100 * trained / all).toFixed(2)} `
+        + `%); the adapter's file has ${megabytes(4 * trained)}.`);
+    left.textContent = "Left out: what lives for a moment only. For the gradients of the loss that "
+      + "is two numbers for every token and every word of the vocabulary, "
+      + `${gigabytes(buffers)} here; where it does not fit too, the table says "hardly". The GPU's `
+      + "driver and PyTorch's allocator take some more. 1 GB is a billion bytes.";
+    out.replaceChildren(element("div", {}, partsTable(found)),
+      element("div", {}, gpuTable(gpus, total, buffers)));
   };
   const set = (name) => (value) => { state[name] = value; update(); };
   const named = (options) => Object.fromEntries(options.map((name) => [name, name]));
@@ -317,7 +316,7 @@ function mount(root, { presets, gpus, at }) {
     controls(models,
       choice("train", named(["LoRA", "full fine-tuning"]), state.method, set("method")),
       ...onlyLora,
-      choice("frozen weights", named(Object.keys(PRECISIONS)), state.precision, set("precision")),
+      choice("precision", named(Object.keys(PRECISIONS)), state.precision, set("precision")),
       slider("batch", BATCHES, BATCHES.indexOf(state.batch), set("batch")),
       slider("tokens a row", LENGTHS, LENGTHS.indexOf(state.sequence), set("sequence")),
       choice("activations", { "kept": false, "computed again (checkpointing)": true },
