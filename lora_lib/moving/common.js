@@ -90,7 +90,7 @@ function fitted(box, draw) {
     const width = Math.round(box.clientWidth);
     if (width && width !== last) { last = width; draw(width); }
   };
-  new ResizeObserver(again).observe(box);
+  new ResizeObserver(() => requestAnimationFrame(again)).observe(box);
   again();
 }
 
