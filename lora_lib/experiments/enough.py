@@ -37,11 +37,11 @@ import torch
 from lora_lib.experiments import small_rates
 from lora_lib.experiments.claims import Claim, Verdict
 from lora_lib.experiments.intervals import by_seeds, of_shares
-from lora_lib.experiments.rates import DOUBLE, Grid
+from lora_lib.experiments.rates import DOUBLE
 from lora_lib.experiments.smol_studies import AS_GOOD
 from lora_lib.experiments.smol_updates import FORGETS, front, gap
-from lora_lib.experiments.sweep import (Row, by_seed, chosen, column, grow, narrowed, read_if_any,
-                                        select)
+from lora_lib.experiments.sweep import (Row, by_seed, chosen, column, grow, main, narrowed,
+                                        read_if_any, select)
 from lora_lib.experiments.trial import VALIDATION, adapted, base, held_out_tales, made, measure
 from lora_lib.tasks import INSTRUCTIONS, Task, without_openings
 from lora_lib.text import in_present
@@ -186,18 +186,23 @@ def points(task: str) -> list[dict]:
                    for seed, lr in narrowed(rows(task, method), SEEDS, BEGIN[method]))
 
 
-def frozen() -> list[dict]:
-    """Full fine-tuning without the embedding, each seed at the rate of full fine-tuning."""
-    grid = Grid.of(rows(FORMAT, FULL))
-    return [setting(FORMAT, BODY) | {"lr": grid.rates[i], "seed": seed}
-            for seed, i in zip(SEEDS, grid.valid.argmin(axis=1))]
+def more() -> list[dict]:
+    """Full fine-tuning without the embedding, each seed at the rate of full fine-tuning; and full
+    fine-tuning on the style at twice its highest rate, as no update of another seed than the first
+    was as large as LoRA's: without it nothing could be compared at one size."""
+    rates = [row["lr"] for row in chosen(rows(FORMAT, FULL))]
+    return ([setting(FORMAT, BODY) | {"lr": lr, "seed": seed} for seed, lr in zip(SEEDS, rates)]
+            + [setting(STYLE, FULL) | {"lr": 4e-3, "seed": seed} for seed in SEEDS])
 
 
 # ---------------------------------------------------------------------------- what the runs say
 def reached(task: str, method: tuple[str, int], what: str = "loss") -> np.ndarray:
     """The test loss of every seed (seeds,), or another column, at the rate that its validation
     examples choose."""
-    return column(chosen(rows(task, method)), what)
+    runs = rows(task, method)
+    if method == BODY:                                   # each seed has the rate of full alone
+        return column(sorted(runs, key=lambda row: row["seed"]), what)
+    return column(chosen(runs), what)
 
 
 def behind(task: str, method: tuple[str, int], what: str = "loss") -> np.ndarray:
@@ -277,5 +282,4 @@ def judged() -> list[Verdict]:
 if __name__ == "__main__":
     for task in SETTING:
         grow(trial, partial(points, task), NAME)
-        if task == FORMAT:
-            grow(trial, lambda: points(FORMAT) + frozen(), NAME)
+    main(trial, more(), NAME)

@@ -169,7 +169,7 @@ def planted(monkeypatch):
         for task in METHODS:
             while any(tuple(p.values()) not in rows for p in enough.points(task)):
                 add(enough.points(task))
-        add(enough.frozen())
+        add(enough.more())
     return run
 
 
@@ -185,8 +185,18 @@ def test_rank_4_on_instructions_is_not_run_again():
 
 def test_the_embedding_is_frozen_at_the_rate_of_full_fine_tuning(planted):
     planted()
-    assert [(p["targets"], p["lr"], p["seed"]) for p in enough.frozen()] == [
+    assert [(p["targets"], p["lr"], p["seed"]) for p in enough.more()[:5]] == [
         ("body", BEST[FULL], seed) for seed in SEEDS]
+
+
+def test_a_seed_that_has_fewer_rates_chooses_among_those_of_all(planted, monkeypatch):
+    real = outcome
+    monkeypatch.setitem(globals(), "outcome", lambda task, method, lr, seed: real(
+        task, method, lr * (2 if method == FULL else 1), seed))          # best at 1e-3
+    planted()
+    rates = {p["lr"] for p in enough.points(FORMAT) if p["rank"] == 0 and p["seed"] == 4}
+    assert BEST[FULL] * 2 not in rates                                   # which the first seed has
+    assert {p["lr"] for p in enough.more()[:5]} == {1e-3}
 
 
 def test_the_verdicts_follow_the_numbers(planted):
