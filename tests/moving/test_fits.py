@@ -1,12 +1,14 @@
 """The calculator's JavaScript counts what lora_lib.costs counts, to the byte."""
 
+import json
 import random
 from dataclasses import asdict
 
 import pytest
 
-from lora_lib import costs
+from lora_lib import costs, plots, presets
 from lora_lib.presets import PRESETS
+from tests.moving import stored
 from tests.moving.node import call
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -82,3 +84,31 @@ def test_a_gpu_holds_it_only_with_the_losss_buffers():
     found = call("fits", "(...given) => [15.8e9, 15.9e9, 16e9, 16.1e9].map((total) => "
                          "fit(16, total, 0.15e9))")
     assert found == ["yes", "hardly", "hardly", "no"]
+
+
+def test_the_figure_shows_the_numbers_of_its_page():
+    """Chapter 5 prints the memory of a 7B Llama, by part, and its adapter; so does the figure."""
+    figure, printed = (stored.data("05_training", "training-51b"),
+                       stored.printed("05_training", "training-49"))
+    assert figure == json.loads(json.dumps(presets.choices("Llama 7B")))
+    model = figure["presets"][figure["at"]["model"]]["shape"]
+    for line, change in (("full", {"method": "full fine-tuning"}), ("LoRA, q and v", {}),
+                         ("LoRA, all linear", {"targets": "all linear"})):
+        row = next(row for row in printed.splitlines() if row.startswith(line))
+        found = call("fits", """(model, change) => {
+            const found = Object.values(memory(model, stepOf({ ...START, ...change })));
+            return [...found, sum(found)].map(gigabytes); }""", model, change)
+        assert row.removeprefix(line).split() == [text.removesuffix(" GB") for text in found]
+    adapter = call("fits", '(model) => megabytes(4 * adapterParameters(model, START.rank, '
+                           'TARGETS[START.targets]))', model)
+    assert f"adapter {adapter}" in printed
+
+
+def test_parts_have_the_colours_of_the_pages_pictures():
+    assert call("fits", "() => PARTS") == plots.MEMORY
+
+
+def test_a_model_to_begin_with_must_be_there():
+    assert list(presets.choices("Qwen3 8B")["presets"]) == list(PRESETS)
+    with pytest.raises(ValueError, match="no preset is called 'Qwen'"):
+        presets.choices("Qwen")
