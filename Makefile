@@ -12,7 +12,7 @@ export TQDM_DISABLE := 1
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: help book test lint notebooks benchmark release variant grade repository clean
+.PHONY: help book test lint notebooks figures benchmark release variant grade repository clean
 .DEFAULT_GOAL := help
 
 help: ## list the tasks
@@ -39,6 +39,9 @@ lint: .venv/ready ## look for mistakes in the code: ruff, and mypy over lora_lib
 
 notebooks: .venv/ready ## run the chapters and store their outputs (CHAPTER=03 for one)
 	$(BIN)/python scripts/notebooks.py $(CHAPTER)
+
+figures: .venv/ready ## give the stored figures that move today's JavaScript, without running a chapter
+	$(BIN)/python scripts/notebooks.py --figures
 
 benchmark: .venv/ready ## measure lora_lib beside its peers and write book/speed.md (ten idle minutes)
 	env -u TQDM_DISABLE $(BIN)/python -m benchmarks.run

@@ -111,7 +111,7 @@ function map(box, set) {
   const draw = () => {
     if (!width || !state) return;
     const rows = [full, ...ranks(set).reverse().map((rank) => find(set, state.scheme, rank))];
-    const left = 52, right = 4, step = 44, bottom = rows.length * step + 4;
+    const left = 56, right = 4, step = 44, bottom = rows.length * step + 4;
     const [low, high] = [x[0] / 1.12, x[1] * 1.12].map(Math.log);
     const across = (rate) => left + (width - left - right) * (Math.log(rate) - low) / (high - low);
     const text = (at, level, words, more) => shape("text", { x: at, y: level, ...more }, words);
