@@ -104,7 +104,7 @@ def test_grids_end_beyond_the_best_and_ladders_when_full(planted):
     rows = planted(up_to(lambda adapter: 0.25))
     for adapter, rate in ((ADAPTERS[0], 8e-2), (WHOLE, 1e-3)):
         assert c.rates(adapter)[0] < c.best_rate(adapter) == rate < c.rates(adapter)[-1]
-    assert {row["lr"] for row in rows if row["seed"] != TUNING and row["kind"] == "LoRA"} == {8e-2}
+    assert {row["lr"] for row in rows if row["seed"] not in TUNING and row["kind"] == "LoRA"} == {8e-2}
     for adapter, people in zip(ADAPTERS, (16, 31, 63)):        # what 0.25 bits make
         tops = [p for p in c.ladder(adapter)]
         assert c.full(adapter) and tops[-2] >= people / 1.05 and tops[-1] == 2 * tops[-2]
