@@ -215,6 +215,11 @@ function drawBar(picture, width, found, gpu) {
   picture.replaceChildren(...parts);
 }
 
+// With room above, which the book's theme would take away.
+function paragraph() {
+  return element("p", { style: "margin: .75rem 0" });
+}
+
 function swatch(color) {
   return element("span", { class: "swatch", style: `background:${color}` });
 }
@@ -244,7 +249,8 @@ function gpuTable(gpus, total, buffers) {
 function mount(root, { presets, gpus, at }) {
   const state = { ...START, ...at };
   let dimensions = { ...presets[state.model].shape };
-  const said = note(), out = element("div"), counted = element("p", {}), left = element("p", {});
+  const said = note(), out = element("div", { class: "columns" });
+  const counted = paragraph(), left = paragraph();
   const picture = shape("svg", { "aria-hidden": "true" }), bar = element("div", {}, picture);
   let width = 0, shown = null;
 
@@ -323,7 +329,6 @@ function mount(root, { presets, gpus, at }) {
         state.checkpointing ? "computed again (checkpointing)" : "kept", set("checkpointing"))),
     element("details", {}, element("summary", {}, "dimensions"), fields, source),
     said, bar, counted, out, left);
-  out.className = "columns";
   fitted(bar, (found) => { width = found; draw(); });
   update();
 }
