@@ -311,13 +311,16 @@ function drawnDigit(image) {
     ...pixels);
 }
 
-// One image of each digit, with what a network reads.
-function tiles({ x, labels }, network) {
+// One image of each digit. Returns a function that writes what a network reads in them.
+function tiles(box, { x, labels }) {
   const kinds = [...new Set(labels)].sort();
   const shown = chosen(x, kinds.map((digit) => labels.indexOf(digit)));
-  const read = answers(network.forward(shown));
-  return toRows(shown).map((image, i) => element("div", {}, drawnDigit(image),
-    `${kinds[i]} read as ${read[i]} ${read[i] === kinds[i] ? "✓" : "✗"}`));
+  const words = kinds.map(() => element("div"));
+  box.replaceChildren(...toRows(shown).map((image, i) =>
+    element("div", {}, drawnDigit(image), words[i])));
+  return (network) => answers(network.forward(shown)).forEach((answer, i) => {
+    words[i].textContent = `${kinds[i]} read as ${answer} ${answer === kinds[i] ? "✓" : "✗"}`;
+  });
 }
 
 // The two charts of a run: its loss beside those of earlier runs, and the sizes of A and B.
@@ -352,7 +355,7 @@ function mount(root, { layers, images, starts, steps }) {
   const sets = { turned: both(true), upright: both(false) };
   const settings = { task: "turned", start: Object.keys(starts)[0], rank: 8, alpha: 16, rate: 0.003,
     seed: 0 };
-  let run, earlier = [], count = 0, frame = null;        // frame: the next slice of a training
+  let run, read, earlier = [], count = 0, frame = null;  // frame: the next slice of a training
 
   const look = () => {
     run.sizes.push(sizes(run.network));
@@ -362,12 +365,14 @@ function mount(root, { layers, images, starts, steps }) {
       upright: measured(run.network, sets.upright.test) };
   };
   const begin = () => {
+    if (frame !== null) stop();
     if (run?.losses.length) {
       run.color = EARLIER[count++ % EARLIER.length];
       earlier = [...earlier, run].slice(-EARLIER.length);
     }
     run = new Run(base, sets[settings.task].train, { ...settings, start: starts[settings.start] });
     Object.assign(run, { settings: { ...settings }, color: COLORS.orange, sizes: [] });
+    read = tiles(digitsRead, sets[settings.task].test);
     look();
     stop();
   };
@@ -375,7 +380,7 @@ function mount(root, { layers, images, starts, steps }) {
 
   // As many steps as fit between two pictures, so that the page stays alive.
   const slice = () => {
-    const until = performance.now() + 12;
+    const until = performance.now() + 20;
     do {
       run.step();
       look();
@@ -402,7 +407,7 @@ function mount(root, { layers, images, starts, steps }) {
   });
 
   const said = note(), plots = element("div", { class: "columns" });
-  const first = element("p", { class: "note" }), read = element("div", { class: "tiles" });
+  const first = element("p", { class: "note" }), digitsRead = element("div", { class: "tiles" });
   const runs = element("div");
   const draw = charts(plots, steps);
   const show = () => {
@@ -410,7 +415,7 @@ function mount(root, { layers, images, starts, steps }) {
     const { A, B, update } = run.sizes.at(-1);
     first.textContent = `First layer: std of A ${A.toFixed(2)}, of B ${B.toFixed(2)}; that of `
       + `s B A is ${update.toFixed(1)} times that of W.`;
-    read.replaceChildren(...tiles(sets[run.settings.task].test, run.network));
+    read(run.network);
     runs.replaceChildren(table([run, ...[...earlier].reverse()]));
     train.textContent = frame === null ? "Train" : "Stop";
   };
@@ -423,6 +428,6 @@ function mount(root, { layers, images, starts, steps }) {
     slider("learning rate", RATES, RATES.indexOf(settings.rate), changed("rate"))),
     controls(train, button("Start again", begin),
       button("Start again, drawn anew", () => { settings.seed++; begin(); })),
-    said, plots, first, read, runs);
+    said, plots, first, digitsRead, runs);
   begin();
 }
