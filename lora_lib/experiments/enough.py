@@ -3,7 +3,6 @@
 `python -m lora_lib.experiments.enough` takes 40 minutes on one core, in float32. A seed draws the
 examples, the adapters and the order, and takes the rate that its own validation examples choose.
 LoRA is on all linear layers, with alpha = 2 r; of the width, 96, rank 4 is 4 % and rank 16 a sixth.
-It is to replace `when`, which chapter 8 reads, once its runs are whole.
 
 The style task, to retell a sentence in the present tense, is tested without the random openings
 ("One rainy day"): what they ask for is to copy. Its right answers have no verb in the past and the
@@ -252,7 +251,7 @@ def forgotten(task: str, same: str = "loss") -> np.ndarray:
     return np.array(found)
 
 
-def judged() -> list[Verdict]:
+def verdicts() -> list[Verdict]:
     """The claims on the small model."""
     right = lambda task, method, of=1.0, c=0.95: of_shares(
         reached(task, method, "match"), of * reached(task, FULL, "match"), PAIRS, c)

@@ -7,11 +7,11 @@ about the claim as it is worded. "Why" is a guess, unless a chapter measures it.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lora_lib.experiments import (assistant, batches, capacity, foundations, mistakes, rates, real,
-                                  small_rates, smol_studies, targets, when)
+from lora_lib.experiments import (assistant, batches, enough, foundations, mistakes, rates, real,
+                                  small_rates, smol_studies, smol_updates, targets)
 from lora_lib.experiments.claims import Verdict
 
-MODULES = (foundations, targets, small_rates, batches, when, capacity, mistakes, assistant, real)
+MODULES = (foundations, targets, small_rates, batches, enough, mistakes, assistant, real)
 AGREES, DISAGREES, PARTLY = "agrees", "disagrees", "partly"
 
 
@@ -91,7 +91,10 @@ LEDGER = (
           "Rank pays until the data fit; how much data that is depends on the model."),
     Entry(batches.BATCH.text, ((REGRET, AGREES),),
           "They speak of batches beyond some size, larger than ours."),
-    Entry("LoRA forgets less than full fine-tuning", ((BIDERMAN, AGREES), (INTRUDERS, AGREES)),
+    Entry(smol_studies.AS_GOOD.text, ((PAPER, AGREES), (BIDERMAN, DISAGREES), (REGRET, PARTLY)),
+          "LoRA is behind where a small model, which knows nothing but tales, has much to change; "
+          "a large one has met most formats before."),
+    Entry(smol_updates.FORGETS.text, ((BIDERMAN, AGREES), (INTRUDERS, AGREES)),
           "What counts is where on the front of learning and forgetting two runs are compared."),
 )
 

@@ -173,12 +173,6 @@ def shown(values, form: str = ".2f") -> str:
     return f"{mean:{form}} ± {half:{form.lstrip('+')}}"
 
 
-def agree(one, other) -> bool:
-    """Whether two groups of values have means that their 95 % intervals together allow."""
-    (a, wide_a), (b, wide_b) = interval(one), interval(other)
-    return abs(a - b) <= math.hypot(wide_a, wide_b)
-
-
 def main(trial: Callable[..., dict], points: Iterable[dict], name: str) -> None:
     """The command line of an experiment: run its sweep into results/`name`.csv."""
     parser = argparse.ArgumentParser(description=inspect.getmodule(trial).__doc__)

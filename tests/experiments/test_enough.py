@@ -174,7 +174,7 @@ def planted(monkeypatch):
 
 
 def verdicts():
-    return {v.claim: v.verdict for v in enough.judged()}
+    return {v.claim: v.verdict for v in enough.verdicts()}
 
 
 def test_rank_4_on_instructions_is_not_run_again():

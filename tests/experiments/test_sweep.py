@@ -90,11 +90,6 @@ def test_each_seed_takes_its_best_rate_of_those_that_all_have():
     assert sweep.chosen(rows) == [rows[4], rows[1]]               # the lowest of equals
 
 
-def test_agree_tells_apart_what_differs():
-    one = [1.0, 1.1, 0.9]
-    assert sweep.agree(one, [1.05, 0.95, 1.0]) and not sweep.agree(one, [3.0, 3.1, 2.9])
-
-
 def test_verdicts_are_one_of_three_kinds_and_print_as_a_table():
     rows = [claims.Verdict("a", "6", "holds", "1"), claims.Verdict("b", "7", "holds if c", "2")]
     assert claims.table(rows).splitlines()[2:] == ["| a | 6 | **holds** | 1 |",
