@@ -44,3 +44,17 @@ def test_a_page_loads_nothing_from_elsewhere(name):
 def test_the_book_opens_at_its_first_page():
     assert "book/index.html" in (HTML / "index.html").read_text("utf8")
     assert (HTML / "_static" / "mathjax" / "tex-chtml.js").is_file()
+
+
+@each_page
+def test_a_page_tells_what_it_is_about(name):
+    metas = {tag.get("name") or tag.get("property"): tag.get("content")
+             for tag in page(name).find_all("meta")}
+    assert 40 <= len(metas["description"]) <= 202 and metas["og:description"] == metas["description"]
+    assert metas["og:title"] and metas["og:url"].endswith(f"/book/{name}.html")
+
+
+@each_page
+def test_a_fold_is_named_by_its_own_words(name):
+    folds = page(name).find("article").find_all("summary")
+    assert [fold for fold in folds if fold.get("aria-label") or not fold.get_text(strip=True)] == []
