@@ -26,3 +26,10 @@ def data(chapter: str, cell: str):
 def printed(chapter: str, cell: str) -> str:
     """What the cell has printed."""
     return "".join(one.text for one in outputs(chapter, cell) if one.output_type == "stream")
+
+
+def table(chapter: str, cell: str) -> list[list[str]]:
+    """The rows of the Markdown table that the cell shows, its headings first."""
+    (text,) = (one.data["text/markdown"] for one in outputs(chapter, cell) if "data" in one)
+    rows = [line.strip("|").split("|") for line in text.splitlines()]
+    return [[part.strip() for part in row] for i, row in enumerate(rows) if i != 1]
