@@ -16,7 +16,7 @@ from lora_lib.torch import lora_modules
 from lora_lib.tuning.data import encode
 from lora_lib.tuning.evaluation import loss_and_match, replies
 
-STRENGTHS = (0, 0.125, 0.25, 0.375, 0.5, 0.75, 1, 1.25, 1.5)
+STRENGTHS = (0, 0.125, 0.25, 0.5, 0.75, 1, 1.25, 1.5)
 ASKED = (0, 1, 3, 5)                 # of the test's first requests, those whose answers are kept
 MOST = 40                            # tokens of an answer
 
