@@ -1,5 +1,5 @@
-"""A Sphinx extension: what a page says of itself to search engines and to those who share it, and
-folds that a screen reader reads by their own words."""
+"""A Sphinx extension: what a page says of itself to search engines and to those who share it, folds
+that a screen reader reads by their own words, and no scripts of Thebe, which no page uses."""
 
 import html
 import re
@@ -20,12 +20,16 @@ def description(body: str) -> str:
 
 
 def finish(app, page: str, template: str, context: dict, doctree) -> None:
-    """Add the meta tags of a page and mend its folds."""
+    """Add the meta tags of a page, mend its folds, leave out Thebe, which the theme loads twice."""
+    for kind in ("script_files", "css_files"):
+        context[kind] = [file for file in context.get(kind, ()) if "thebe" not in _told(file)]
     body = context.get("body")
     if not body:
         return
     # The label says "Toggle hidden content" of every fold, over the words that are seen.
-    context["body"] = body.replace('<summary aria-label="Toggle hidden content">', "<summary>")
+    body = body.replace('<summary aria-label="Toggle hidden content">', "<summary>")
+    body = re.sub(r'<script type="text/x-thebe-config">.*?</script>', "", body, flags=re.DOTALL)
+    context["body"] = re.sub(r"<script>kernelName = .*?</script>", "", body)
     tags = {
         'name="description"': description(body),
         'property="og:title"': re.sub(r"<[^>]+>", "", context.get("title", "")),
@@ -38,6 +42,11 @@ def finish(app, page: str, template: str, context: dict, doctree) -> None:
     )
 
 
+def _told(file) -> str:
+    """The name of a page's file and what else is known of it, in lower case."""
+    return f"{getattr(file, 'filename', file)} {getattr(file, 'attributes', '')}".lower()
+
+
 def setup(app):
-    app.connect("html-page-context", finish)
+    app.connect("html-page-context", finish, priority=900)  # after the theme and what it brings
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
