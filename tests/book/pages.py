@@ -120,4 +120,6 @@ def figure_faults(notebook: dict) -> list[str]:
         alt = cell["metadata"].get("mystnb", {}).get("image", {}).get("alt", "")
         if len(alt) < SHORTEST_ALT:
             found.append(f"cell {index}: the figure has no alt text (metadata mystnb.image.alt)")
+        if figure(cell) and len(cell["outputs"]) > 1:
+            found.append(f"cell {index}: a figure with a name must be the cell's only output")
     return found

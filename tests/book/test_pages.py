@@ -114,6 +114,15 @@ def test_a_figure_needs_words():
     assert len(pages.figure_faults(notebook)) == 1
 
 
+def test_a_figure_with_a_name_is_alone_in_its_cell():
+    notebook = chapter()
+    cell = notebook.cells[4]
+    cell.metadata.mystnb.figure = {"name": "fig-loss", "caption": "The loss."}
+    assert pages.figure_faults(notebook) == []
+    cell.outputs.append(cell.outputs[0])
+    assert len(pages.figure_faults(notebook)) == 1
+
+
 def test_a_page_is_read_cell_by_cell(folder):
     notebook = chapter()
     notebook.cells.append(new_markdown_cell("the end"))
