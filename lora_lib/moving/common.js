@@ -94,6 +94,40 @@ function fitted(box, draw) {
   again();
 }
 
+// A picture in a box, drawn anew at any width, so that its letters keep their size.
+// `paint(width, ...state)` gives {height, parts}. Returns show(spoken, ...state), with words for
+// those who do not see it.
+function picture(box, paint) {
+  const made = shape("svg", { role: "img" });
+  let width = 0, state = null;
+  box.append(made);
+  const draw = () => {
+    if (!width || !state) return;
+    const { height, parts } = paint(width, ...state);
+    const size = { viewBox: `0 0 ${width} ${height}`, width, height };
+    for (const [name, value] of Object.entries(size)) made.setAttribute(name, value);
+    made.replaceChildren(...parts);
+  };
+  fitted(box, (found) => { width = found; draw(); });
+  return (spoken, ...next) => {
+    state = next;
+    made.setAttribute("aria-label", spoken);
+    draw();
+  };
+}
+
+// Letters at a place of a picture.
+function letters(x, y, words, anchor, more) {
+  return shape("text", { x, y, "text-anchor": anchor, ...more }, words);
+}
+
+// An image of 8 by 8 pixels, each from 0 to 1, in the colour of the letters around it.
+function digit(pixels, more) {
+  return shape("svg", { viewBox: "0 0 8 8", width: 44, height: 44, ...more },
+    ...pixels.map((grey, i) => shape("rect", { x: i % 8, y: Math.floor(i / 8), width: 1.02,
+      height: 1.02, fill: "currentColor", "fill-opacity": grey })));
+}
+
 // Round numbers that divide [low, high] into about `count` parts.
 function ticks(low, high, count = 5) {
   const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
@@ -119,18 +153,14 @@ function logTicks(low, high, count = 7) {
     ?? within([1]);
 }
 
-// A chart in a box, drawn anew at any width, so that its letters keep their size.
+// A chart in a box, of lines over two axes.
 //   x, y: {label, low, high, log?, ticks?, written?}
 //   lines: [{name, color, points: [[x, y], ...], dash?, dots?, only?, faint?}], `only` for dots alone
 //   marks: [{x?, y?, name?}], a dotted line across, or [{x, from, to, color}], an interval of x as a
 //     bar above the axis; an end that is null is not known
 // Returns a function that draws other lines and marks on the same axes.
 function chart(box, { x, y, height = 260 }) {
-  let lines = [], marks = [], width = 0;
-  const picture = shape("svg", { role: "img" });
-  box.append(picture);
-  const draw = () => {
-    if (!width) return;
+  const show = picture(box, (width, lines, marks) => {
     const left = 52, right = 12, top = 22, bottom = 42;
     const place = (axis, from, to) => (value) => {
       const scale = axis.log ? Math.log : Number;
@@ -139,15 +169,11 @@ function chart(box, { x, y, height = 260 }) {
     };
     const across = place(x, left, width - right), up = place(y, height - bottom, top);
     const inside = (v) => Math.min(height - bottom, Math.max(top, v));
-    picture.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    picture.setAttribute("width", width);
-    picture.setAttribute("height", height);
     const parts = [];
     for (const value of y.ticks ?? ticks(y.low, y.high)) {
       parts.push(shape("line", { x1: left, x2: width - right, y1: up(value), y2: up(value),
         stroke: "currentColor", "stroke-opacity": 0.15 }));
-      parts.push(shape("text", { x: left - 6, y: up(value) + 4, "text-anchor": "end" },
-        (y.written ?? String)(value)));
+      parts.push(letters(left - 6, up(value) + 4, (y.written ?? String)(value), "end"));
     }
     for (const value of x.ticks ?? ticks(x.low, x.high, Math.min(8, width / 70))) {
       parts.push(shape("text", { x: across(value), y: height - bottom + 16,
@@ -196,12 +222,7 @@ function chart(box, { x, y, height = 260 }) {
       parts.push(shape("circle", { cx: at, cy: 8, r: 5, fill: color }));
       at -= 16;
     }
-    picture.replaceChildren(...parts);
-  };
-  fitted(box, (found) => { width = found; draw(); });
-  return (next, spoken = "", across = []) => {
-    lines = next; marks = across;
-    picture.setAttribute("aria-label", spoken);
-    draw();
-  };
+    return { height, parts };
+  });
+  return (lines, spoken = "", marks = []) => show(spoken, lines, marks);
 }

@@ -193,7 +193,7 @@ function megabytes(bytes) {
 // ---- what is seen ----
 
 // A bar of the parts, on a scale that ends at the size of a GPU.
-function drawBar(picture, width, found, gpu) {
+function memoryBar(width, found, gpu) {
   const total = sum(Object.values(found)), end = gpu ? gpu.gb * 1e9 : total;
   const across = (bytes) => bytes / end * (width - 2), parts = [];
   let at = 1;
@@ -207,12 +207,9 @@ function drawBar(picture, width, found, gpu) {
   const left = at < width - 170;
   parts.push(shape("text", { x: left ? at + 6 : 1, y: left ? 45 : 16, "font-weight": 600 },
     gigabytes(total)));
-  parts.push(shape("text", { x: width - 1, y: 16, "text-anchor": "end" },
-    gpu ? `${gpu.gb} GB: ${gpu.name}` : "more than any of these GPUs"));
-  picture.setAttribute("viewBox", `0 0 ${width} 62`);
-  picture.setAttribute("width", width);
-  picture.setAttribute("height", 62);
-  picture.replaceChildren(...parts);
+  parts.push(letters(width - 1, 16,
+    gpu ? `${gpu.gb} GB: ${gpu.name}` : "more than any of these GPUs", "end"));
+  return { height: 62, parts };
 }
 
 // With room above, which the book's theme would take away.
@@ -251,10 +248,7 @@ function mount(root, { presets, gpus, at }) {
   let dimensions = { ...presets[state.model].shape };
   const said = note(), out = element("div", { class: "columns" });
   const counted = paragraph(), left = paragraph();
-  const picture = shape("svg", { "aria-hidden": "true" }), bar = element("div", {}, picture);
-  let width = 0, shown = null;
-
-  const draw = () => { if (width && shown) drawBar(picture, width, ...shown); };
+  const bar = element("div"), draw = picture(bar, memoryBar);
   const update = () => {
     const step = stepOf(state), wrong = problem(dimensions, step);
     for (const box of [bar, counted, left]) box.hidden = Boolean(wrong);
@@ -265,8 +259,7 @@ function mount(root, { presets, gpus, at }) {
     const trained = step.rank === null ? all
       : adapterParameters(dimensions, step.rank, step.targets);
     const gpu = gpus.find(({ gb }) => fit(gb, total, buffers) === "yes");
-    shown = [found, gpu];
-    draw();
+    draw("the parts of the table below as a bar", found, gpu);
     said.textContent = `One training step takes ${gigabytes(total)}. ` + (gpu
       ? `The smallest of these GPUs that holds it has ${gpu.gb} GB.`
       : "None of these GPUs holds it alone.");
@@ -329,6 +322,5 @@ function mount(root, { presets, gpus, at }) {
         state.checkpointing ? "computed again (checkpointing)" : "kept", set("checkpointing"))),
     element("details", {}, element("summary", {}, "dimensions"), fields, source),
     said, bar, counted, out, left);
-  fitted(bar, (found) => { width = found; draw(); });
   update();
 }

@@ -43,43 +43,31 @@ function count({ read }, labels) {
 
 // Two rows of dots on one axis of accuracy, a dot for each network.
 function strip(box, full) {
-  let rows = [], width = 0;
-  const picture = shape("svg", { role: "img" });
-  box.append(picture);
-  const draw = () => {
+  return picture(box, (width, rows) => {
     const left = 8, right = 16, top = 18, step = 52, bottom = top + 2 * step;
     const across = (value) => left + (width - left - right) * value;
-    for (const [name, value] of [["viewBox", `0 0 ${width} ${bottom + 40}`], ["width", width],
-      ["height", bottom + 40]]) picture.setAttribute(name, value);
     const line = (x1, y1, x2, y2, more) => shape("line", { x1, y1, x2, y2, stroke: "currentColor",
       ...more });
-    const text = (x, y, words, anchor) => shape("text", { x, y, "text-anchor": anchor }, words);
     const parts = [line(left, bottom, width - right, bottom)];
     for (const value of [0, 0.2, 0.4, 0.6, 0.8, 1]) {
       parts.push(line(across(value), top, across(value), bottom, { "stroke-opacity": 0.15 }),
-        text(across(value), bottom + 16, String(value), "middle"));
+        letters(across(value), bottom + 16, String(value), "middle"));
     }
     const whole = across(mean(full));
-    parts.push(text(across(0.5), bottom + 34, "accuracy on turned digits", "middle"),
+    parts.push(letters(across(0.5), bottom + 34, "accuracy on turned digits", "middle"),
       line(whole, top, whole, bottom, { "stroke-dasharray": "2 4" }),
-      text(whole, top - 5, "full fine-tuning", "end"));
+      letters(whole, top - 5, "full fine-tuning", "end"));
     for (const [i, { name, color, scores }] of rows.entries()) {
       const y = top + i * step + 36;
-      parts.push(text(left, y - 18, name));
+      parts.push(letters(left, y - 18, name));
       if (!scores) continue;
       parts.push(...scores.map((score) => shape("circle", { cx: across(score), cy: y, r: 5,
         fill: color, "fill-opacity": 0.75 })));
       parts.push(line(across(mean(scores)), y - 10, across(mean(scores)), y + 10,
         { stroke: color, "stroke-width": 3 }));
     }
-    picture.replaceChildren(...parts);
-  };
-  fitted(box, (found) => { width = found; draw(); });
-  return (next, spoken) => {
-    rows = next;
-    picture.setAttribute("aria-label", spoken);
-    if (width) draw();
-  };
+    return { height: bottom + 40, parts };
+  });
 }
 
 // A matrix as a picture: the larger a number, plus or minus, the stronger the colour.
@@ -101,14 +89,6 @@ function painting(name) {
   return [element("div", {}, canvas, caption), show];
 }
 
-// An image in the colour of the letters around it.
-function digit(pixels, label) {
-  return shape("svg", { viewBox: "0 0 8 8", width: 48, height: 48, role: "img",
-    "aria-label": `a turned ${label}` },
-    ...[...pixels].map((level, i) => shape("rect", { x: i % 8, y: Math.floor(i / 8), width: 1.02,
-      height: 1.02, fill: "currentColor", "fill-opacity": parseInt(level, 17) / 16 })));
-}
-
 function mount(root, data) {
   const { full, ranks, images, lora } = data, { labels } = images;
   const pair = ({ left, right }) => [unpacked(left), unpacked(right)];
@@ -120,15 +100,16 @@ function mount(root, data) {
   paintWhole(whole, COLORS.blue, most, "the whole change");
   const marks = [...labels].map(() => [element("div"), element("div")]);
   const tiles = element("div", { class: "tiles" }, ...[...images.pixels].map((pixels, i) =>
-    element("div", {}, digit(pixels, labels[i]), ...marks[i])));
+    element("div", {}, digit([...pixels].map((level) => parseInt(level, 17) / 16),
+      { role: "img", "aria-label": `a turned ${labels[i]}` }), ...marks[i])));
   const counted = note();
 
   const change = (at) => {
     const { rank, cut, read } = at, trained = at.lora;
-    draw([{ name: `full change, cut to rank ${rank}`, color: COLORS.blue, scores: cut },
+    draw(`the accuracies of ${full.length} networks, cut and trained, as dots`, [
+      { name: `full change, cut to rank ${rank}`, color: COLORS.blue, scores: cut },
       { name: `LoRA, ${trained ? "" : "not "}trained at rank ${rank}`, color: COLORS.orange,
-        scores: trained }],
-    `the accuracies of ${full.length} networks, cut and trained, as dots`);
+        scores: trained }]);
     paintCut(product(...parts, rank), COLORS.blue, most, `cut to rank ${rank}`);
     const made = lora[rank] && product(...pair(lora[rank]), rank);
     paintLora(made ?? null, COLORS.orange, made && strong(made),

@@ -104,28 +104,26 @@ function shade(loss, least) {
 
 // Rate across, rank up, the mean loss as colour and number; below it the best rate as a bar.
 function map(box, set) {
-  const { x, y } = ends(set), [full] = set.runs, picture = shape("svg", { role: "img" });
+  const { x } = ends(set), [full] = set.runs;
   const least = Math.min(...set.runs.flatMap((run) => means(run).map((point) => point[1])));
-  let state = null, width = 0;
-  box.append(picture);
-  const draw = () => {
-    if (!width || !state) return;
-    const rows = [full, ...ranks(set).reverse().map((rank) => find(set, state.scheme, rank))];
+  const rowsOf = ({ scheme }) =>
+    [full, ...ranks(set).reverse().map((rank) => find(set, scheme, rank))];
+  const show = picture(box, (width, state) => {
+    const rows = rowsOf(state);
     const left = 56, right = 4, step = 44, bottom = rows.length * step + 4;
     const [low, high] = [x[0] / 1.12, x[1] * 1.12].map(Math.log);
     const across = (rate) => left + (width - left - right) * (Math.log(rate) - low) / (high - low);
-    const text = (at, level, words, more) => shape("text", { x: at, y: level, ...more }, words);
     const parts = [];
     for (const [i, run] of rows.entries()) {
       const top = 4 + i * step, here = run === find(set, state.scheme, state.rank);
-      parts.push(text(left - 8, top + 24, run.rank ? `rank ${run.rank}` : "full",
-        { "text-anchor": "end", style: here ? "font-weight: 700" : null }));
+      parts.push(letters(left - 8, top + 24, run.rank ? `rank ${run.rank}` : "full", "end",
+        { style: here ? "font-weight: 700" : null }));
       for (const [rate, loss] of means(run)) {
         const [color, ink] = shade(loss, least), from = across(rate / 2 ** 0.5);
         parts.push(shape("rect", { x: from, y: top, height: step - 4, fill: color,
           width: across(rate * 2 ** 0.5) - from - 1 }));
-        parts.push(text(across(rate), top + 17, loss.toFixed(loss < 1 ? 2 : 1),
-          { "text-anchor": "middle", style: `fill: ${ink}` }));
+        parts.push(letters(across(rate), top + 17, loss.toFixed(loss < 1 ? 2 : 1), "middle",
+          { style: `fill: ${ink}` }));
       }
       const [middle, from, to] = run.best, level = top + 29;
       const line = { y1: level, y2: level, x1: across(from ?? run.rates[0] / 2 ** 0.5),
@@ -139,18 +137,13 @@ function map(box, set) {
       }
     }
     for (const rate of logTicks(...x, 6)) {
-      parts.push(text(across(rate), bottom + 16, String(rate), { "text-anchor": "middle" }));
+      parts.push(letters(across(rate), bottom + 16, String(rate), "middle"));
     }
-    parts.push(text((left + width) / 2, bottom + 36, "learning rate", { "text-anchor": "middle" }));
-    for (const [name, value] of [["viewBox", `0 0 ${width} ${bottom + 44}`], ["width", width],
-      ["height", bottom + 44], ["aria-label", rows.map((run) =>
-        `${run.rank ? `rank ${run.rank}` : "full"}: best rate ${words(run.best)}`).join("; ")]]) {
-      picture.setAttribute(name, value);
-    }
-    picture.replaceChildren(...parts);
-  };
-  fitted(box, (found) => { width = found; draw(); });
-  return (next) => { state = next; draw(); };
+    parts.push(letters((left + width) / 2, bottom + 36, "learning rate", "middle"));
+    return { height: bottom + 44, parts };
+  });
+  return (state) => show(rowsOf(state).map((run) =>
+    `${run.rank ? `rank ${run.rank}` : "full"}: best rate ${words(run.best)}`).join("; "), state);
 }
 
 function mount(root, { sets }) {

@@ -25,74 +25,50 @@ function sentence([one, other], names, pairs, together) {
 
 // The map: the worse task's share for every pair of weights, the stronger the colour the larger.
 function map(box, { names, weights, right }) {
-  let chosen = [0, 0], width = 0;
-  const picture = shape("svg", { role: "img" });
-  box.append(picture);
-  const draw = () => {
+  return picture(box, (width, chosen) => {
     const left = 64, top = 22, side = Math.min(56, (width - left - 4) / weights.length);
-    const whole = side * weights.length, text = (x, y, words, anchor) =>
-      shape("text", { x, y, "text-anchor": anchor }, words);
-    const parts = [text(0, 12, `weight of ${names[0]}`)];
-    for (const [name, value] of [["width", width], ["height", top + whole + 42],
-      ["viewBox", `0 0 ${width} ${top + whole + 42}`]]) picture.setAttribute(name, value);
+    const whole = side * weights.length, parts = [letters(0, 12, `weight of ${names[0]}`)];
     weights.forEach((one, i) => {
       const y = top + whole - (i + 1) * side;
-      parts.push(text(left - 8, y + side / 2 + 4, String(one), "end"),
-        text(left + (i + 0.5) * side, top + whole + 16, String(one), "middle"));
+      parts.push(letters(left - 8, y + side / 2 + 4, String(one), "end"),
+        letters(left + (i + 0.5) * side, top + whole + 16, String(one), "middle"));
       weights.forEach((other, j) => {
         const x = left + j * side, here = chosen[0] === i && chosen[1] === j;
         const share = worse(right[i][j]);
         parts.push(shape("rect", { x: x + 2, y: y + 2, width: side - 4, height: side - 4,
           fill: COLORS.orange, "fill-opacity": 0.08 + 0.92 * share, stroke: "currentColor",
           "stroke-width": here ? 3 : 0 }),
-        text(x + side / 2, y + side / 2 + 4, share.toFixed(2), "middle"));
+        letters(x + side / 2, y + side / 2 + 4, share.toFixed(2), "middle"));
       });
     });
-    parts.push(text(left + whole / 2, top + whole + 36, `weight of ${names[1]}`, "middle"));
-    picture.replaceChildren(...parts);
-  };
-  fitted(box, (found) => { width = found; draw(); });
-  return (at, spoken) => {
-    chosen = at;
-    picture.setAttribute("aria-label", spoken);
-    if (width) draw();
-  };
+    parts.push(letters(left + whole / 2, top + whole + 36, `weight of ${names[1]}`, "middle"));
+    return { height: top + whole + 42, parts };
+  });
 }
 
 // A row of dots for each task, one for each seed, on one axis from 0 to 1.
 function rows(box, names, together) {
-  let pairs = together, width = 0;
-  const picture = shape("svg", { role: "img" });
-  box.append(picture);
-  const draw = () => {
+  return picture(box, (width, pairs) => {
     const left = 8, right = 16, step = 64, bottom = 4 + step * names.length;
     const across = (share) => left + (width - left - right) * share;
     const parts = [];
-    for (const [name, value] of [["width", width], ["height", bottom + 40],
-      ["viewBox", `0 0 ${width} ${bottom + 40}`]]) picture.setAttribute(name, value);
     for (const share of [0, 0.25, 0.5, 0.75, 1]) {
       parts.push(shape("line", { x1: across(share), x2: across(share), y1: 4, y2: bottom,
         stroke: "currentColor", "stroke-opacity": 0.15 }),
-      shape("text", { x: across(share), y: bottom + 16, "text-anchor": "middle" }, String(share)));
+      letters(across(share), bottom + 16, String(share), "middle"));
     }
-    parts.push(shape("text", { x: across(0.5), y: bottom + 36, "text-anchor": "middle" },
-      "share of right answers, a dot for each seed"));
+    parts.push(letters(across(0.5), bottom + 36, "share of right answers, a dot for each seed",
+      "middle"));
     names.forEach((name, task) => {
       const y = 4 + task * step;
-      parts.push(shape("text", { x: left, y: y + 14 }, `asked for ${name}`));
+      parts.push(letters(left, y + 14, `asked for ${name}`));
       const dots = (values, level, more) => values.forEach((share) => parts.push(
         shape("circle", { cx: across(share), cy: level, r: 5, ...more })));
       dots(shares(together, task), y + 28, { fill: "none", stroke: "currentColor" });
       dots(shares(pairs, task), y + 44, { fill: COLORS.orange, "fill-opacity": 0.8 });
     });
-    picture.replaceChildren(...parts);
-  };
-  fitted(box, (found) => { width = found; draw(); });
-  return (next, spoken) => {
-    pairs = next;
-    picture.setAttribute("aria-label", spoken);
-    if (width) draw();
-  };
+    return { height: bottom + 40, parts };
+  });
 }
 
 function mount(root, data) {
@@ -103,8 +79,8 @@ function mount(root, data) {
     const pairs = right[at[0]][at[1]];
     const words = sentence(at.map((i) => weights[i]), names, pairs, together);
     said.textContent = words;
-    paint([...at], `share of right answers on the worse task for every pair of weights; ${words}`);
-    dot(pairs, `shares of right answers on both tasks; ${words}`);
+    paint(`share of right answers on the worse task for every pair of weights; ${words}`, [...at]);
+    dot(`shares of right answers on both tasks; ${words}`, pairs);
   };
   const weight = (task) => slider(`weight of ${names[task]}`, weights, at[task], (value) => {
     at[task] = weights.indexOf(value);

@@ -302,22 +302,13 @@ function table(runs) {
     ...runs.map(row));
 }
 
-// An image in the colour of the letters.
-function drawnDigit(image) {
-  const pixels = [...image.entries()].filter(([, grey]) => grey).map(([at, grey]) =>
-    shape("rect", { x: at % 8, y: Math.floor(at / 8), width: 1, height: 1, fill: "currentColor",
-      "fill-opacity": grey }));
-  return shape("svg", { viewBox: "0 0 8 8", width: 40, height: 40, "aria-hidden": "true" },
-    ...pixels);
-}
-
 // One image of each digit. Returns a function that writes what a network reads in them.
 function tiles(box, { x, labels }) {
   const kinds = [...new Set(labels)].sort();
   const shown = chosen(x, kinds.map((digit) => labels.indexOf(digit)));
   const words = kinds.map(() => element("div"));
   box.replaceChildren(...toRows(shown).map((image, i) =>
-    element("div", {}, drawnDigit(image), words[i])));
+    element("div", {}, digit([...image], { "aria-hidden": "true" }), words[i])));
   return (network) => answers(network.forward(shown)).forEach((answer, i) => {
     words[i].textContent = `${kinds[i]} read as ${answer} ${answer === kinds[i] ? "✓" : "✗"}`;
   });

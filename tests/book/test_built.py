@@ -41,6 +41,11 @@ def test_a_page_loads_nothing_from_elsewhere(name):
     assert [a for a in loaded if "//" in a and not a.startswith("data:image/")] == []
 
 
+@each_page
+def test_a_page_has_nothing_of_thebe(name):
+    assert "thebe" not in str(page(name).find_all(["script", "link"])).lower()
+
+
 def test_the_book_opens_at_its_first_page():
     assert "book/index.html" in (HTML / "index.html").read_text("utf8")
     assert (HTML / "_static" / "mathjax" / "tex-chtml.js").is_file()

@@ -3,9 +3,10 @@
 import inspect
 import json
 
+import pytest
 
 from lora_lib import calls
-from lora_lib.experiments import assistant, sweep
+from lora_lib.experiments import assistant, strength, sweep
 
 
 def test_of_examples_in_the_prompt_no_answer_is_judged():
@@ -74,3 +75,14 @@ def test_the_answers_that_the_pages_show_are_of_the_run():
     assert all(row["before"] != row["after"] for row in kept)
     functions = [row["request"] for row in kept if row["task"] == "docstrings"]
     assert len(functions) == 6 and all(name.isidentifier() for name in functions)
+
+
+def test_at_strength_0_stands_the_base_and_at_1_the_adapter_as_trained():
+    kept, runs = sweep.read("strength"), sweep.read("assistant")
+    assert sorted({row["strength"] for row in kept}) == list(strength.STRENGTHS)
+    lr = assistant.best_lr(runs, "calls", "LoRA")
+    for at, method, rate in ((0, "base", 0), (1, "LoRA", lr)):
+        (run,) = sweep.select(runs, task="calls", method=method, lr=rate, seed=0, on="test")
+        there = sweep.select(kept, strength=at)
+        assert len(there) == len(strength.ASKED)
+        assert all(row["loss"] == pytest.approx(run["loss"], rel=1e-3) for row in there)

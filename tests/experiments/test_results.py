@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from lora_lib.experiments import (batches, claims, foundations, small_rates, sweep, targets,
-                                  trial)
+from lora_lib.experiments import (batches, claims, enough, foundations, small_rates, smol,
+                                  smol_rates, sweep, targets, trial)
 
 MODULES = sorted(path.stem for path in (sweep.RESULTS.parent).glob("*.py")
                  if "def verdicts" in path.read_text("utf8"))
@@ -24,6 +24,9 @@ def keys(function, points):
     (targets.facts, targets.facts_points, "targets_facts"),
     (trial.redrawn, small_rates.points, "small_rates"),
     (trial.redrawn, batches.points, "batches"),
+    (enough.trial, lambda: [p for task in enough.SETTING for p in enough.points(task)]
+     + enough.more(), "enough"),
+    (smol.trial, smol_rates.points, "smol_rates"),
 ])
 def test_every_point_has_been_run(function, points, name):
     signature = inspect.signature(function)
