@@ -29,22 +29,25 @@ import torch
 from torch import Tensor, nn
 
 from lora_lib.experiments.claims import Claim, Verdict
+from lora_lib.experiments.filling import Filling
 from lora_lib.experiments.intervals import by_seeds, ratio
-from lora_lib.experiments.sweep import Row, column, grow, read_if_any, select, wider
+from lora_lib.experiments.sweep import grow
 from lora_lib.experiments.trial import base
 from lora_lib.tasks import BIOGRAPHY, BITS_PER_PERSON, Pair, biographies
 from lora_lib.torch import fine_tune, inject, warmup_cosine
 
-NAME, SEEDS, TUNING = "filled", range(5), (10, 11, 12)
-STEPS, LADDER, GROWTH = 800, (8, 16, 32, 64, 128, 256, 512, 1024), 1.05
-# What is trained, and where its ladder of people begins: adapters of these ranks, with alpha = 2 r,
-# on the three matrices of 96 by 256; or so many of the 256 neurons whole.
+STEPS = 800
+# What is trained: adapters of these ranks, with alpha = 2 r, on the three matrices of 96 by 256; or
+# so many of the 256 neurons whole.
 ADAPTERS = tuple(("LoRA", rank) for rank in (1, 2, 4))
 WHOLE = ("whole", 8)
-FIRST = {("LoRA", 1): 16, ("LoRA", 2): 32, ("LoRA", 4): 64, WHOLE: 32}
-RATES = {"LoRA": (1e-2, 2e-2, 4e-2), "whole": (1e-3, 2e-3, 4e-3)}        # where the grids begin
 NAMES = {**{adapter: f"LoRA, rank {adapter[1]}" for adapter in ADAPTERS},
          WHOLE: f"{WHOLE[1]} neurons, whole"}
+RUNS = Filling("filled", STEPS, seeds=(0, 1, 2, 3, 4), tuning=(10, 11, 12),
+               people=(8, 16, 32, 64, 128, 256, 512, 1024),
+               begin={adapter: (1e-2, 2e-2, 4e-2) for adapter in ADAPTERS}
+               | {WHOLE: (1e-3, 2e-3, 4e-3)},
+               first=dict(zip((*ADAPTERS, WHOLE), (16, 32, 64, 32))))
 
 GROWS = Claim("new knowledge: capacity grows with the numbers trained", "8",
               "slope of log(bits known at saturation) on log(numbers trained), ranks 1 to 4",
@@ -153,96 +156,19 @@ def trial(people: int, kind: str, size: int, lr: float, steps: int = STEPS,
     return {"known": float(known), "missing": offered - known}
 
 
-def rows(adapter: tuple[str, int], **where) -> list[Row]:
-    """The rows of an adapter, or of whole neurons."""
-    return select(read_if_any(NAME), kind=adapter[0], size=adapter[1], steps=STEPS, **where)
-
-
-def rates(adapter: tuple[str, int]) -> list[float]:
-    """The rates of the tuning seeds, as far as they are known by now."""
-    return wider(tuning(adapter), RATES[adapter[0]], "missing")
-
-
-def tuning(adapter: tuple[str, int]) -> list[Row]:
-    """The runs of the tuning seeds."""
-    return [row for row in rows(adapter, people=4 * FIRST[adapter]) if row["seed"] in TUNING]
-
-
-def best_rate(adapter: tuple[str, int]) -> float:
-    """The rate at which the tuning seeds know most, on the mean."""
-    missing: dict[float, list[float]] = {}
-    for row in tuning(adapter):
-        missing.setdefault(row["lr"], []).append(row["missing"])
-    return min(missing, key=lambda lr: np.mean(missing[lr]))
-
-
-def compared(adapter: tuple[str, int], **where) -> list[Row]:
-    """The runs of the seeds that are compared, at the best rate."""
-    return [row for row in rows(adapter, lr=best_rate(adapter), **where) if row["seed"] in SEEDS]
-
-
-def ladder(adapter: tuple[str, int]) -> tuple[int, ...]:
-    """The numbers of people that have been run with every seed, in order."""
-    return tuple(people for people in LADDER
-                 if set(SEEDS) <= {row["seed"] for row in compared(adapter, people=people)})
-
-
-def known(adapter: tuple[str, int], people: int) -> np.ndarray:
-    """The bits known, seed by seed (seeds,)."""
-    return column(sorted(compared(adapter, people=people), key=lambda row: row["seed"]), "known")
-
-
-def full(adapter: tuple[str, int]) -> bool:
-    """Whether twice as many people have brought 5 % more at most."""
-    *_, less, more = (0, 0, *ladder(adapter))
-    return less > 0 and known(adapter, more).mean() <= GROWTH * known(adapter, less).mean()
-
-
-def points() -> list[dict]:
-    """The grid of every adapter; then, at its best rate, all seeds with twice as many people until
-    it is full or the ladder ends."""
-    found = []
-    for adapter in (*ADAPTERS, WHOLE):
-        kind, size = adapter
-        point = lambda people, lr, seed, kind=kind, size=size: {
-            "people": people, "kind": kind, "size": size, "lr": lr, "seed": seed}
-        tried = [(lr, seed) for lr in rates(adapter) for seed in TUNING]
-        found += [point(4 * FIRST[adapter], lr, seed) for lr, seed in tried]
-        if {(row["lr"], row["seed"]) for row in tuning(adapter)} < set(tried):
-            continue
-        first = LADDER.index(FIRST[adapter])
-        count = max(2, len(ladder(adapter)) + (not full(adapter)))
-        found += [point(people, best_rate(adapter), seed) for seed in SEEDS
-                  for people in LADDER[first:first + count]]
-    return found
-
-
 # ------------------------------------------------------------------------- what the runs say
-def capacity(adapter: tuple[str, int]) -> np.ndarray:
-    """The bits known by each seed (seeds,) with the people of which most is known. Raises
-    ValueError while more people still bring more."""
-    if not full(adapter):
-        raise ValueError(f"{NAMES[adapter]} is not full with {ladder(adapter)} people")
-    return max((known(adapter, people) for people in ladder(adapter)), key=np.mean)
-
-
 def per_number(adapter: tuple[str, int]) -> np.ndarray:
     """The bits known at saturation for each number trained (seeds,)."""
-    return capacity(adapter) / numbers(*adapter)
-
-
-def slopes() -> np.ndarray:
-    """The slope of log(bits at saturation) on log(numbers), by least squares, of each seed."""
-    sizes = np.log([numbers(*adapter) for adapter in ADAPTERS])
-    return np.polyfit(sizes, np.log([capacity(adapter) for adapter in ADAPTERS]), 1)[0]
+    return RUNS.capacity(adapter) / numbers(*adapter)
 
 
 def judged() -> list[Verdict]:
     """The two claims."""
     bits = ", ".join(f"{NAMES[a]} {per_number(a).mean():.2f}" for a in (*ADAPTERS, WHOLE))
-    return [GROWS.judged(by_seeds(slopes()), form=".2f", note=f"bits for a number: {bits}"),
+    slopes = RUNS.slopes({adapter: numbers(*adapter) for adapter in ADAPTERS})
+    return [GROWS.judged(by_seeds(slopes), form=".2f", note=f"bits for a number: {bits}"),
             ALIKE.judged(ratio(per_number(("LoRA", 2)) / per_number(WHOLE)), form=".2f")]
 
 
 if __name__ == "__main__":
-    grow(trial, points, NAME)
+    grow(trial, RUNS.points, RUNS.name)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lora_lib.experiments import filled as c
-from lora_lib.experiments.filled import ADAPTERS, LADDER, SEEDS, TUNING, WHOLE, Last
+from lora_lib.experiments import filling
+from lora_lib.experiments.filled import ADAPTERS, RUNS, WHOLE, Last
 from lora_lib.experiments.trial import base, bits_known
 from lora_lib.tasks import BIOGRAPHY, BITS_PER_PERSON, biographies
 from lora_lib.torch import fine_tune, inject
@@ -82,13 +83,13 @@ def planted(monkeypatch):
     """A sweep, as `grow` makes it, in which `holds(adapter, people)` bits are known."""
     def plant(holds):
         kept = {}
-        monkeypatch.setattr(c, "read_if_any", lambda name: list(kept.values()))
+        monkeypatch.setattr(filling, "read_if_any", lambda name: list(kept.values()))
         def outcome(p):
             away = abs(math.log2(p["lr"] / (8e-2 if p["kind"] == "LoRA" else 1e-3)))
             offered = p["people"] * BITS_PER_PERSON
             known = holds((p["kind"], p["size"]), p["people"]) * (1 - 0.1 * away)
             return {"known": known + 0.01 * p["seed"], "missing": offered - known}
-        while new := [p for p in c.points() if tuple(p.values()) not in kept]:
+        while new := [p for p in RUNS.points() if tuple(p.values()) not in kept]:
             kept |= {tuple(p.values()): p | {"steps": c.STEPS} | outcome(p) for p in new}
         return list(kept.values())
     return plant
@@ -103,21 +104,26 @@ def up_to(bits_per_number):
 def test_grids_end_beyond_the_best_and_ladders_when_full(planted):
     rows = planted(up_to(lambda adapter: 0.25))
     for adapter, rate in ((ADAPTERS[0], 8e-2), (WHOLE, 1e-3)):
-        assert c.rates(adapter)[0] < c.best_rate(adapter) == rate < c.rates(adapter)[-1]
-    assert {row["lr"] for row in rows if row["seed"] not in TUNING and row["kind"] == "LoRA"} == {8e-2}
+        people = RUNS.grid(adapter)
+        tried = RUNS.rates(adapter, people)
+        assert tried[0] < RUNS.best_rate(adapter, people) == rate < tried[-1]
+    assert {row["lr"] for row in rows
+            if row["seed"] not in RUNS.tuning and row["kind"] == "LoRA"} == {8e-2}
     for adapter, people in zip(ADAPTERS, (16, 31, 63)):        # what 0.25 bits make
-        tops = [p for p in c.ladder(adapter)]
-        assert c.full(adapter) and tops[-2] >= people / 1.05 and tops[-1] == 2 * tops[-2]
-        assert len(c.known(adapter, tops[-1])) == len(SEEDS)
+        tops = RUNS.ladder(adapter)
+        assert RUNS.full(adapter) and tops[-2] >= people / 1.05 and tops[-1] == 2 * tops[-2]
+        assert len(RUNS.known(adapter, tops[-1])) == len(RUNS.seeds)
         np.testing.assert_allclose(c.per_number(adapter), 0.25, rtol=0.01)
-    np.testing.assert_allclose(c.slopes(), 1, atol=0.01)
+    np.testing.assert_allclose(RUNS.slopes({a: c.numbers(*a) for a in ADAPTERS}), 1, atol=0.01)
+    with pytest.raises(ValueError, match="has no seed"):
+        RUNS.known(ADAPTERS[0], tops[-1])
 
 
 def test_an_adapter_that_is_not_full_has_no_capacity(planted):
     planted(lambda adapter, people: people * BITS_PER_PERSON)
-    assert c.ladder(WHOLE)[-1] == LADDER[-1] and not c.full(WHOLE)
+    assert RUNS.ladder(WHOLE)[-1] == RUNS.people[-1] and not RUNS.full(WHOLE)
     with pytest.raises(ValueError, match="is not full with"):
-        c.capacity(WHOLE)
+        RUNS.capacity(WHOLE)
 
 
 @pytest.mark.parametrize("bits, verdicts", [

@@ -1,16 +1,17 @@
 """Facts in SmolLM2's last feed-forward part: it beside the whole model; verdicts as planted."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lora_lib.experiments import smol_facts
+from lora_lib.experiments import filling, smol_facts
 from lora_lib.experiments.claims import DOES_NOT, HOLDS, UNTESTED
 from lora_lib.experiments.smol_facts import (ADAPTERS, ALIKE, ALL, FEW, LISTS, MANY, MORE,
-                                             SEEDS, SOME, WORDS)
+                                             RUNS, SOME, WORDS)
 from lora_lib.models import smollm2
 from lora_lib.tasks import BIOGRAPHY, BITS_PER_PERSON, biographies
 from lora_lib.torch import fine_tune
@@ -87,7 +88,7 @@ def test_a_seed_draws_what_is_true(model):
 
 def test_states_are_made_once(model, monkeypatch, tmp_path):
     monkeypatch.setattr(smol_facts, "cache", lambda: tmp_path)
-    monkeypatch.setattr(smol_facts, "LADDER", (2, 3))
+    monkeypatch.setattr(smol_facts, "RUNS", replace(RUNS, people=(2, 3)))
     x = smol_facts.states.__wrapped__()
     torch.testing.assert_close(x, smol_facts.Last(model).below(asked(model, 3)))
     monkeypatch.setattr(smol_facts.Last, "below", None)
@@ -119,13 +120,12 @@ def planted(monkeypatch):
     """A sweep grown as `grow` does, of methods that hold so many bits, whole neurons by size."""
     def plant(holds, noise=0.002):
         rows, rng = [], np.random.default_rng(0)
-        monkeypatch.setattr(smol_facts, "read_if_any", lambda name: rows)
-        while new := [p for p in smol_facts.points()
+        monkeypatch.setattr(filling, "read_if_any", lambda name: rows)
+        while new := [p for p in RUNS.points()
                       if not any(p.items() <= row.items() for row in rows)]:
             for p in new:
                 size = p["size"] * (6336 if p["kind"] == "LoRA" else 1728)
-                best = smol_facts.RATES.get((p["kind"], p["size"]),
-                                            smol_facts.OTHER_RATES[p["kind"]])[1]
+                best = RUNS.begin[p["kind"], p["size"]][1]
                 bits = min(holds(p["kind"], size), p["people"] * BITS_PER_PERSON) * (
                     1 - 0.1 * abs(math.log2(p["lr"] / best)) + noise * rng.standard_normal())
                 rows.append(p | {"steps": smol_facts.STEPS, "known": bits, "numbers": size,
@@ -141,10 +141,10 @@ def test_the_verdicts_follow_what_is_planted(planted):
     assert found[ALIKE.text].verdict == DOES_NOT               # 0.2 over 0.1 bits for a number
     assert found[MORE.text].verdict == "holds if it has rank 1 for 200 people or " \
         "rank 2 for 200 people"
-    ends = {m: smol_facts.ladder(m) for m in (*ADAPTERS, SOME)}
+    ends = {m: RUNS.ladder(m) for m in (*ADAPTERS, SOME)}
     assert ends[ADAPTERS[0]] == (50, 100, 200) and ends[SOME] == (200, 400)
     assert {p["people"] for p in rows if p["size"] == ALL[1]} == {FEW, MANY}
-    assert {p["seed"] for p in rows} == {*SEEDS, smol_facts.TUNING}
+    assert {p["seed"] for p in rows} == {*RUNS.seeds, *RUNS.tuning}
 
 
 def test_more_is_known_by_none_where_all_hold_it(planted):
