@@ -8,10 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lora_lib.experiments import (assistant, batches, enough, foundations, mistakes, rates, real,
-                                  small_rates, smol_studies, smol_updates, targets)
+                                  small_rates, smol_rates, smol_studies, smol_updates,
+                                  targets)
 from lora_lib.experiments.claims import Verdict
 
-MODULES = (foundations, targets, small_rates, batches, enough, mistakes, assistant, real)
+MODULES = (foundations, targets, small_rates, smol_rates, batches, enough, mistakes, assistant,
+           real)
 AGREES, DISAGREES, PARTLY = "agrees", "disagrees", "partly"
 
 

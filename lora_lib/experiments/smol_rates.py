@@ -53,7 +53,7 @@ def grid(scheme: str, rank: int) -> Grid:
     return Grid.of(rows(scheme, rank))
 
 
-def judged() -> list[Verdict]:
+def verdicts() -> list[Verdict]:
     """The claims of `lora_lib.experiments.rates` on SmolLM2, and the law of the width's."""
     ratio = times(grid(FIXED, 16), grid(*FULL))
     return [*rates.judged(grid, "SmolLM2"), widths.as_predicted(ratio, WIDTH).on("SmolLM2")]

@@ -20,7 +20,7 @@ def keys(function, points):
 
 @pytest.mark.parametrize("function, points, name", [
     (foundations.trial, foundations.points, "foundations"),
-    (trial.redrawn, lambda: targets.points(targets.TOGETHER), "targets"),
+    (trial.redrawn, targets.points, "targets"),
     (targets.facts, targets.facts_points, "targets_facts"),
     (trial.redrawn, small_rates.points, "small_rates"),
     (trial.redrawn, batches.points, "batches"),
