@@ -9,6 +9,7 @@ model is the base, at 1 it is as trained.
 import torch
 from torch import nn
 
+from lora_lib import calls
 from lora_lib.experiments import assistant
 from lora_lib.experiments.sweep import RESULTS, Row, read, write
 from lora_lib.torch import lora_modules
@@ -45,6 +46,21 @@ def measured(model: nn.Module) -> list[Row]:
                    "request": chat[1]["content"], "expected": chat[-1]["content"], "said": text}
                   for chat, text in zip(some, said)]
     return found
+
+
+def data(rows: list[Row]) -> dict:
+    """The rows as the figure `lora_lib/moving/strength.js` takes them."""
+    strengths = {row["strength"]: [] for row in rows}
+    for row in rows:
+        strengths[row["strength"]].append(row)
+    asked = [{"request": row["request"], "expected": row["expected"]}
+             for row in next(iter(strengths.values()))]
+    answer = lambda row: {"text": row["said"],
+                          "right": calls.score(row["said"], row["expected"])["exact"] == 1}
+    return {"asked": asked, "tested": assistant.TESTED, "strengths": [
+        {"strength": strength, "loss": round(some[0]["loss"], 4),
+         "right": round(some[0]["right"], 4), "said": [answer(row) for row in some]}
+        for strength, some in strengths.items()]}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,46 @@
+"""The figure of an adapter's strength shows the runs of the comparison at its two ends."""
+
+import pytest
+
+from lora_lib.experiments import assistant, strength
+from lora_lib.experiments.sweep import read
+from tests.moving.node import call
+from tests.moving.stored import data
+
+CHAPTER = "10_real_model"
+
+
+@pytest.fixture(scope="module")
+def figure():
+    return data(CHAPTER, "real-25")
+
+
+def test_the_figure_has_the_rows(figure):
+    assert figure == strength.data(read("strength"))
+    assert [each["strength"] for each in figure["strengths"]] == list(strength.STRENGTHS)
+
+
+@pytest.mark.parametrize("at, method, answer", [(0, "base", "before"), (1, "LoRA", "after")])
+def test_the_ends_are_those_of_the_comparison(figure, at, method, answer):
+    """The base alone and the adapter as trained have the loss, the share of right calls and the
+    answers that the chapter's tables have."""
+    end, = (each for each in figure["strengths"] if each["strength"] == at)
+    assert end["loss"] == pytest.approx(assistant.compared("calls", method, "loss")[0], rel=0.02)
+    share = assistant.compared("calls", method, "exact")[0]
+    assert end["right"] == pytest.approx(share, abs=1.5 / assistant.TESTED)
+    kept = {row["request"]: row for row in read("assistant_answers")}
+    for asked, said in zip(figure["asked"], end["said"]):
+        whole = kept[asked["request"]]
+        assert asked["expected"] == whole["expected"]
+        assert whole[answer].startswith(said["text"])
+        assert said["right"] == (said["text"] == asked["expected"])
+
+
+def test_the_page_says_the_loss_of_its_table(figure):
+    said = call("strength", "(strengths, tested) => strengths.map((at) => sentence(at, tested))",
+                figure["strengths"], figure["tested"])
+    ends = {0: "base", 1: "LoRA"}
+    for each, text in zip(figure["strengths"], said):
+        if method := ends.get(each["strength"]):
+            loss = assistant.compared("calls", method, "loss")[0]
+            assert f"a loss of {loss:.2f} nats" in text and "of the 64 calls" in text
