@@ -5,7 +5,7 @@ import pytest
 
 from lora_lib import moving
 from tests.moving.node import call
-from tests.moving.stored import data, printed
+from tests.moving.stored import data, printed, table
 
 CHAPTER = "01_idea"
 UNPACKED = "(matrix) => unpacked(matrix)"
@@ -39,18 +39,19 @@ def test_the_cut_is_that_of_the_singular_values():
 
 
 def test_the_page_says_the_accuracies_that_it_prints(figure, said):
-    table = re.findall(r"^ *(\d+) +([\d,]+) +(0\.\d\d) \(.*?\) +(0\.\d\d) \(",
-                       printed(CHAPTER, "c40"), re.MULTILINE)
-    assert [int(rank) for rank, *_ in table] == [int(rank) for rank in figure["lora"]]
-    for (rank, numbers, cut, lora), text in zip(table, said):
+    _, *rows, full = table(CHAPTER, "c40")
+    assert [int(rank) for rank, *_ in rows] == [int(rank) for rank in figure["lora"]]
+    for (rank, numbers, cut, lora), text in zip(rows, said):
         assert text.startswith(f"Rank {rank}, {numbers} numbers")
-        assert f"accuracy of {cut}." in text and text.endswith(f"trained at this rank reaches {lora}.")
+        assert f"accuracy of {cut.split()[0]}." in text
+        assert text.endswith(f"trained at this rank reaches {lora.split()[0]}.")
+    assert full[0] == "full" and full[2].split()[0] == f"{np.mean(figure['full']):.2f}"
 
 
 def test_the_page_says_the_cuts_that_it_prints(figure, said):
-    cuts = re.findall(r"^cut to rank +(\d+): (0\.\d\d)", printed(CHAPTER, "c32"), re.MULTILINE)
+    _, *cuts = table(CHAPTER, "c32a")
     assert [int(rank) for rank, _ in cuts] == [at["rank"] for at in figure["ranks"]]
-    assert all(f"accuracy of {score}." in text for (_, score), text in zip(cuts, said))
+    assert all(f"accuracy of {score.split()[0]}." in text for (_, score), text in zip(cuts, said))
     assert all("was not trained" in text for text in said[len(figure["lora"]):])
 
 
