@@ -12,7 +12,7 @@ export TQDM_DISABLE := 1
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: help book test lint notebooks figures benchmark release variant grade repository clean
+.PHONY: help book pdf epub test lint notebooks figures benchmark release variant grade repository clean
 .DEFAULT_GOAL := help
 
 help: ## list the tasks
@@ -27,8 +27,14 @@ help: ## list the tasks
 	$(PIP) install --no-deps --no-build-isolation -e .
 	touch $@
 
-book: .venv/ready ## build the book: _build/html/index.html (any warning is an error)
+book: .venv/ready pdf epub ## build the book: _build/html/index.html (any warning is an error)
 	$(BIN)/jupyter-book build --all -W -n --keep-going .
+
+pdf: .venv/ready ## bind the book into a PDF: _build/bound/lora-course.pdf
+	$(BIN)/python scripts/bind.py pdf
+
+epub: .venv/ready ## bind the book into an EPUB: _build/bound/lora-course.epub
+	$(BIN)/python scripts/bind.py epub
 
 test: .venv/ready ## run the tests and every chapter, outputs compared (ARGS="tests/book -x")
 	$(PYTEST) $(or $(ARGS),tests book)
