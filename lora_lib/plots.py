@@ -162,19 +162,24 @@ def bars(groups: dict, *, xlabel, title=None, logx=False, unit="", digits=3, col
 
 
 def heatmap(values, *, rows, columns, xlabel, ylabel, title=None, unit="", form="{:.2f}",
-            colors="cividis", ax=None) -> None:
-    """A matrix as colours with each value written in its cell; `rows` and `columns` label it."""
+            colors="cividis", limits=None, ax=None) -> None:
+    """A matrix as colours with each value written in its cell; `rows` and `columns` label it.
+
+    `limits` are the values of the first and the last colour; maps that share them need no bar.
+    """
     with axes_or_new(ax) as ax:
         values = np.asarray(values, float)
-        image = ax.imshow(values, cmap=colors, aspect="auto")
+        low, high = limits or (None, None)
+        image = ax.imshow(values, cmap=colors, aspect="auto", vmin=low, vmax=high)
         for (i, j), value in np.ndenumerate(values):
             light = np.dot(image.cmap(image.norm(value))[:3], (0.3, 0.6, 0.1)) > 0.5
-            ax.text(j, i, form.format(value), ha="center", va="center", fontsize=8,
+            ax.text(j, i, form.format(value), ha="center", va="center", fontsize=9,
                     color="black" if light else "white")
         ax.set_xticks(range(len(columns)), columns)
         ax.set_yticks(range(len(rows)), rows)
         ax.grid(False)
-        ax.figure.colorbar(image, ax=ax, label=unit)
+        if not limits:
+            ax.figure.colorbar(image, ax=ax, label=unit)
         _label(ax, xlabel, ylabel, title)
 
 

@@ -147,9 +147,9 @@ def test_the_generator_draws_what_it_says():
 
 @pytest.fixture(scope="module")
 def page():
-    """The data that the chapter gives to the figure, and what the cell above it prints."""
+    """The data that the chapter gives to the figure, and the rows of the table above it."""
     return (stored.data("03_initialization", "code-19c"),
-            stored.printed("03_initialization", "code-19b"))
+            stored.table("03_initialization", "code-19b"))
 
 
 RUN = """
@@ -177,7 +177,7 @@ def test_the_digits_are_the_chapters(page, turn):
 @pytest.mark.parametrize("name", ["B = 0", "both zero", "both random"])
 def test_a_run_of_the_page_is_one_of_the_chapter(page, name):
     """Before training the numbers are the printed ones; after it, those that training reaches."""
-    data, printed = page
+    data, rows = page
     found = call("training", f"""({{ layers, images, starts, steps }}, name) => {{ {RUN}
       const run = new Run(base, digits(images.train, true),
         {{ rank: 8, alpha: 16, rate: 0.003, start: starts[name], seed: 0 }});
@@ -188,9 +188,8 @@ def test_a_run_of_the_page_is_one_of_the_chapter(page, name):
       return {{ before, after: look(), losses: run.losses }};
     }}""", data, name)
     before, after = found["before"], found["after"]
-    row = next((line for line in printed.splitlines() if line.startswith(name)), None)
     if name in ("B = 0", "both zero"):
-        assert f"{before['turned']['loss']:.2f}" in row.split()
+        assert [f"{before['turned']['loss']:.2f}"] == [row[1] for row in rows if row[0] == name]
     if name != "both random":
         assert before["upright"]["accuracy"] > 0.95 and before["sizes"]["update"] == 0
     else:
@@ -212,7 +211,7 @@ def test_the_base_in_the_page_answers_as_the_chapters_network(page):
     network, data = Network(layers), digits(turn=90)
     assert isinstance(layers[1], ReLU)
     loss, _ = softmax_cross_entropy(network(data.x_test), data.y_test)
-    assert re.search(rf"^B = 0 +{loss:.2f} ", page[1], re.MULTILINE)
+    assert page[1][1][:2] == ["B = 0", f"{loss:.2f}"]
     assert accuracy(network, digits().x_test, digits().y_test) > 0.95
 
 
