@@ -1,7 +1,7 @@
 """How many made-up facts fit into the numbers that are trained, until no more do: the small model.
 
-`python -m lora_lib.experiments.filled` takes half an hour on one core, in float32.
-Chapter 8 has its curves; the verdicts wait until the runs are whole.
+`python -m lora_lib.experiments.filled` takes half an hour on one core, in float32. Chapter 8 has
+its curves and its verdicts.
 
 Only the feed-forward part of the last layer is trained, so what enters it is computed once and a
 step sees all facts. The model chooses among a question's possible answers, since which kind of word
@@ -162,7 +162,7 @@ def per_number(adapter: tuple[str, int]) -> np.ndarray:
     return RUNS.capacity(adapter) / numbers(*adapter)
 
 
-def judged() -> list[Verdict]:
+def verdicts() -> list[Verdict]:
     """The two claims."""
     bits = ", ".join(f"{NAMES[a]} {per_number(a).mean():.2f}" for a in (*ADAPTERS, WHOLE))
     slopes = RUNS.slopes({adapter: numbers(*adapter) for adapter in ADAPTERS})

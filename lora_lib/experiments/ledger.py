@@ -7,13 +7,13 @@ about the claim as it is worded. "Why" is a guess, unless a chapter measures it.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lora_lib.experiments import (assistant, batches, enough, foundations, mistakes, rates, real,
-                                  small_rates, smol_rates, smol_studies, smol_updates,
+from lora_lib.experiments import (assistant, batches, enough, filled, foundations, mistakes,
+                                  rates, real, small_rates, smol_rates, smol_studies, smol_updates,
                                   targets)
 from lora_lib.experiments.claims import Verdict
 
-MODULES = (foundations, targets, small_rates, smol_rates, batches, enough, mistakes, assistant,
-           real)
+MODULES = (foundations, targets, small_rates, smol_rates, batches, enough, filled, mistakes,
+           assistant, real)
 AGREES, DISAGREES, PARTLY = "agrees", "disagrees", "partly"
 
 
@@ -43,6 +43,8 @@ TABLE = Source("Tinker's table of rates",
                "28 models")
 MU_A = Source("Chen et al. 2026", "https://arxiv.org/abs/2602.06204", "several")
 QLORA = Source("Dettmers et al. 2023", "https://arxiv.org/abs/2305.14314", "Llama 7B")
+BITS = Source("Allen-Zhu and Li 2024", "https://arxiv.org/abs/2404.05405",
+              "whole models, from scratch")
 TIES = Source("Yadav et al. 2023", "https://arxiv.org/abs/2306.01708", "T5, ViT")
 
 
@@ -96,6 +98,9 @@ LEDGER = (
     Entry(smol_studies.AS_GOOD.text, ((PAPER, AGREES), (BIDERMAN, DISAGREES), (REGRET, PARTLY)),
           "LoRA is behind where a small model, which knows nothing but tales, has much to change; "
           "a large one has met most formats before."),
+    Entry(filled.GROWS.text, ((BITS, AGREES),),
+          "They train whole models, on every fact far longer than we do; we fill three matrices of "
+          "one layer, and the highest of three ranks holds the most for each number."),
     Entry(smol_updates.FORGETS.text, ((BIDERMAN, AGREES), (INTRUDERS, AGREES)),
           "What counts is where on the front of learning and forgetting two runs are compared."),
 )

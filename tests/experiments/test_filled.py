@@ -132,4 +132,4 @@ def test_an_adapter_that_is_not_full_has_no_capacity(planted):
     (lambda a: 0.05 if a == WHOLE else 0.25, ["holds", "does not hold"])])
 def test_the_verdicts_follow_the_numbers(planted, bits, verdicts):
     planted(up_to(bits))
-    assert [v.verdict for v in c.judged()] == verdicts
+    assert [v.verdict for v in c.verdicts()] == verdicts

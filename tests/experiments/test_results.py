@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lora_lib.experiments import (batches, claims, enough, foundations, small_rates, smol,
+from lora_lib.experiments import (batches, claims, enough, filled, foundations, small_rates, smol,
                                   smol_rates, sweep, targets, trial)
 
 MODULES = sorted(path.stem for path in (sweep.RESULTS.parent).glob("*.py")
@@ -26,6 +26,7 @@ def keys(function, points):
     (trial.redrawn, batches.points, "batches"),
     (enough.trial, lambda: [p for task in enough.SETTING for p in enough.points(task)]
      + enough.more(), "enough"),
+    (filled.trial, filled.RUNS.points, "filled"),
     (smol.trial, smol_rates.points, "smol_rates"),
 ])
 def test_every_point_has_been_run(function, points, name):
