@@ -67,7 +67,8 @@ def curves(series: dict, *, x=None, xlabel="step", ylabel="loss", title=None, lo
             ax.axhline(height, color=BLACK, linestyle=":", linewidth=1.2, label=label)
         if logx:
             ax.set_xscale("log", base=2)
-            ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            ax.xaxis.set_major_formatter(
+                lambda value, _: f"{value:.2g}" if value < 1 else f"{value:g}")
         if logy:
             ax.set_yscale("log")
         if ylim:

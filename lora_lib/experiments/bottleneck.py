@@ -125,11 +125,11 @@ SEEDS = range(5)
 RATES = (4e-3, 8e-3, 1.6e-2)             # where the grid begins
 STEPS = 200
 
-AS_WELL = Claim("bottleneck adapters learn as well as LoRA with as many numbers", "summary",
+AS_WELL = Claim("bottleneck adapters learn as well as LoRA with as many numbers", "bottleneck",
                 "loss in nats, each at its own rate, bottleneck minus LoRA", most=0.02)
-NOT_LINEAR = Claim("LoRA can be merged exactly, a bottleneck adapter cannot", "summary",
+NOT_LINEAR = Claim("LoRA can be merged exactly, a bottleneck adapter cannot", "bottleneck",
                    "share of a bottleneck's update that is beyond every matrix, its least", 0.01)
-TIME = Claim("a bottleneck adapter costs time at every call, merged LoRA does not", "summary",
+TIME = Claim("a bottleneck adapter costs time at every call, merged LoRA does not", "bottleneck",
              "time of a call with one token, bottleneck over merged LoRA", 1.05)
 
 

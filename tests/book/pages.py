@@ -74,8 +74,9 @@ def link_faults(path: Path) -> list[str]:
         name, _, anchor = unquote(str(target)).partition("#")
         if name and not (folder / name).is_file():
             found.append(f"the link to {target} leads to no file")
-        elif anchor and anchor not in targets(folder / name if name else path):
-            found.append(f"the link to {target} leads to no heading and no figure")
+        elif anchor and anchor not in (anchors(read(folder / name)) if name else targets(path)):
+            what = "heading" if name else "heading and no figure"    # a figure, only of this page
+            found.append(f"the link to {target} leads to no {what}")
     return found
 
 

@@ -6,7 +6,7 @@ import yaml
 
 import notebooks
 
-from . import pages, prose
+from . import markdown, pages, prose
 
 ROOT = notebooks.ROOT
 CHAPTERS = notebooks.chapters()
@@ -49,6 +49,12 @@ def test_the_stored_form_is_clean(path):
 @each_page
 def test_every_link_leads_somewhere(path):
     assert pages.link_faults(path) == []
+
+
+def test_no_two_figures_have_one_name():
+    names = [name for path in CHAPTERS for cell in read(path).cells
+             if (name := markdown.figure(cell).get("name"))]
+    assert len(names) == len(set(names)) > 20
 
 
 @each_page

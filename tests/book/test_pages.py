@@ -49,13 +49,17 @@ def test_broken_links_are_caught(folder, text):
     assert len(pages.link_faults(written(folder, text))) == 1
 
 
-def test_a_figure_with_a_name_can_be_linked_and_its_caption_is_prose(folder):
+@pytest.mark.parametrize("text, caption, faults", [
+    ("[a](#fig-loss)", "The loss.", 0), ("[a](#fig-gain)", "The loss.", 1),
+    ("No link.", "See [it](#nothing).", 1)])
+def test_a_figure_with_a_name_can_be_linked_and_its_caption_is_prose(folder, text, caption, faults):
     notebook = chapter()
-    notebook.cells[4].metadata.mystnb.figure = {"name": "fig-loss", "caption": "See [it](#nothing)."}
+    notebook.cells[4].metadata.mystnb.figure = {"name": "fig-loss", "caption": caption}
+    notebook.cells[0].source += f"\n\n{text}"
     notebooks.write(notebook, folder / "02_math.ipynb")
-    assert pages.link_faults(written(folder, "[a](02_math.ipynb#fig-loss)")) == []
-    assert len(pages.link_faults(written(folder, "[a](02_math.ipynb#fig-gain)"))) == 1
-    assert len(pages.link_faults(folder / "02_math.ipynb")) == 1
+    assert len(pages.link_faults(folder / "02_math.ipynb")) == faults
+    elsewhere = written(folder, "[a](02_math.ipynb#fig-loss)")     # which the book cannot follow
+    assert len(pages.link_faults(elsewhere)) == 1
 
 
 def test_repeated_headings_get_different_anchors():
