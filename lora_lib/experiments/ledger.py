@@ -7,13 +7,13 @@ about the claim as it is worded. "Why" is a guess, unless a chapter measures it.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lora_lib.experiments import (assistant, batches, enough, filled, foundations, mistakes,
-                                  rates, real, small_rates, smol_rates, smol_studies, smol_updates,
-                                  targets)
+from lora_lib.experiments import (assistant, batches, enough, filled, foundations,
+                                  minilm_rates, mistakes, rates, real, small_rates, smol_rates,
+                                  smol_studies, smol_updates, targets)
 from lora_lib.experiments.claims import Verdict
 
-MODULES = (foundations, targets, small_rates, smol_rates, batches, enough, filled, mistakes,
-           assistant, real)
+MODULES = (foundations, targets, small_rates, minilm_rates, smol_rates, batches, enough, filled,
+           mistakes, assistant, real)
 AGREES, DISAGREES, PARTLY = "agrees", "disagrees", "partly"
 
 

@@ -52,7 +52,7 @@ def ratio() -> Interval:
     return times(Grid.of(rows("LoRA")), Grid.of(rows("full")))
 
 
-def judged() -> list[Verdict]:
+def verdicts() -> list[Verdict]:
     """Whether the law predicted it."""
     return [widths.as_predicted(ratio(), WIDTH).on("MiniLM")]
 

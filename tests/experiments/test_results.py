@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from lora_lib.experiments import (batches, claims, enough, filled, foundations, small_rates, smol,
+from lora_lib.experiments import (batches, claims, enough, filled, foundations, minilm_rates,
+                                  small_rates, smol,
                                   smol_rates, sweep, targets, trial)
 
 MODULES = sorted(path.stem for path in (sweep.RESULTS.parent).glob("*.py")
@@ -27,6 +28,7 @@ def keys(function, points):
     (enough.trial, lambda: [p for task in enough.SETTING for p in enough.points(task)]
      + enough.more(), "enough"),
     (filled.trial, filled.RUNS.points, "filled"),
+    (minilm_rates.trial, minilm_rates.points, "minilm_rates"),
     (smol.trial, smol_rates.points, "smol_rates"),
 ])
 def test_every_point_has_been_run(function, points, name):
