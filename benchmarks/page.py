@@ -25,6 +25,8 @@ LEAST = 0.005       # an overhead below this share of the frozen layer's time is
 TEXT = """\
 # How fast it is
 
+{lead}
+
 What does an adapter cost beside the frozen layer that it sits on, and beside other people's
 adapters? One command measured everything on this page, in one run, and wrote the page itself:
 `make benchmark`. [Chapter 13](13_making_it_fast.ipynb) explains what makes the difference.
@@ -111,6 +113,16 @@ A new process that imports:
 """
 
 
+LEAD = """\
+What do you gain? A training run of SmolLM2 takes {time} of the time that it takes with PEFT under
+transformers' Trainer, and {above} of the memory above the model. The losses are the same, step by
+step.
+
+![Two panels of bars, time and memory above the model, for lora_lib, PEFT under Trainer and PEFT
+under SFTTrainer: lora_lib's bars are the shortest in both](_static/gain.png)
+
+Most of this comes from [work that need not be done](#a-whole-training-run). One layer by itself gains
+less, and some of the targets that were set for it were missed."""
 RUNS = """\
 ## A whole training run
 
@@ -363,6 +375,35 @@ def newest_runs(results: Path = RESULTS) -> Path | None:
     return max((path.parent for path in results.glob("runs-*/about.json")), default=None)
 
 
+def over(rows, method: str, key: str, other: str = "PEFT, Trainer") -> float:
+    """What a method's runs took over another's, the median over the rounds."""
+    first = lambda name: select(rows, method=name, step=0)
+    return float(np.median([a[key] / b[key] for a, b in zip(first(method), first(other))]))
+
+
+def lead(folder: Path | None) -> str:
+    """What the page says first."""
+    if folder is None:
+        return NO_RUNS.split("\n\n")[1].rstrip()
+    rows = read(folder / "runs.csv")
+    return LEAD.format(**{name: code(over(rows, "lora_lib", key), ".2f")
+                          for name, key in (("time", "seconds"), ("above", "above"))})
+
+
+def gain(rows, path: Path) -> None:
+    """Whole training runs: the time and the memory above the model, a bar each."""
+    methods = ("lora_lib", "PEFT, Trainer", "PEFT, SFTTrainer")
+    middle = lambda key: {m: float(np.median([row[key] for row in select(rows, method=m, step=0)]))
+                          for m in methods}
+    colors = {None: plots.ORANGE}                           # LoRA's, whoever's library it is
+    with plots.panels(2, width=4.6, height=2.2) as (left, right):
+        plots.bars(middle("seconds"), xlabel="time of a run (s)", colors=colors, ax=left)
+        plots.bars({m: value / 1e9 for m, value in middle("above").items()}, colors=colors,
+                   xlabel="memory above the model (GB)", ax=right)
+        plt.gcf().savefig(path)
+    plt.close("all")
+
+
 def runs(folder: Path | None) -> str:
     """What whole training runs took, beside Trainer's."""
     if folder is None:
@@ -371,8 +412,7 @@ def runs(folder: Path | None) -> str:
     base, ours = "PEFT, Trainer", "lora_lib"
     few = ", 2 rows at a time"
     first = {m: select(rows, method=m, step=0) for m in dict.fromkeys(r["method"] for r in rows)}
-    ratio = lambda m, key, over=base: float(np.median(
-        [a[key] / b[key] for a, b in zip(first[m], first[over])]))
+    ratio = lambda m, key, other=base: over(rows, m, key, other)
     middle = lambda m, key: float(np.median([row[key] for row in first[m]]))
     losses = {m: [row["loss"] for row in select(rows, method=m, round=0)] for m in first}
     lines = [[m, seconds(middle(m, "seconds")), code(ratio(m, "seconds"), ".2f"),
@@ -410,7 +450,7 @@ def page(folder: Path, gpu_folder: Path | None = None, runs_folder: Path | None 
         sizes[key] = sizes.get(key, 0) + row["bytes"]
     points = list(dict.fromkeys(key[:2] for key in sizes))
     return TEXT.format(
-        machine=machine(folder), gpu=(NO_GPU if gpu_folder is None else gpu(gpu_folder)).rstrip(),
+        lead=lead(runs_folder), machine=machine(folder), gpu=(NO_GPU if gpu_folder is None else gpu(gpu_folder)).rstrip(),
         targets=table(["target", "measured", "reached"],
                       [[text, value, "yes" if ok else "**no**"]
                        for text, value, ok in targets(rows, kept)]),
@@ -443,5 +483,7 @@ def page(folder: Path, gpu_folder: Path | None = None, runs_folder: Path | None 
 if __name__ == "__main__":
     folder = newest()
     picture(read(folder / "times.csv"), BOOK / "_static" / "speed.png")
+    if whole := newest_runs():
+        gain(read(whole / "runs.csv"), BOOK / "_static" / "gain.png")
     with atomic(BOOK / "speed.md") as file:
         file.write_text(page(folder, newest("cuda"), newest_runs()), "utf8")
