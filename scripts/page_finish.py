@@ -34,6 +34,7 @@ def finish(app, page: str, template: str, context: dict, doctree) -> None:
         return
     # The label says "Toggle hidden content" of every fold, over the words that are seen.
     body = body.replace('<summary aria-label="Toggle hidden content">', "<summary>")
+    body = body.replace('<a class="headerlink"', '<a tabindex="-1" class="headerlink"')
     body = re.sub(r"<img (?![^>]*loading=)", '<img loading="lazy" ', body)
     body = re.sub(r'<script type="text/x-thebe-config">.*?</script>', "", body, flags=re.DOTALL)
     context["body"] = re.sub(r"<script>kernelName = .*?</script>", "", body)
