@@ -47,6 +47,7 @@ class Volume:
     site: str = "https://example.org"
     text: list[str] = field(default_factory=list)
     solutions: list[str] = field(default_factory=list)
+    words: dict[str, str] = field(default_factory=dict)       # of each picture, by its path
     count: int = 0
 
     def markdown(self) -> str:
@@ -137,6 +138,7 @@ class Volume:
         figure, alt = mystnb.get("figure", {}), mystnb.get("image", {}).get("alt", "")
         name = f"#{self.name}--{figure['name']} " if figure else ""
         alt = alt.replace("\\", "").replace('"', "'")
+        self.words[str(path)] = alt
         return f"![{figure.get('caption', '')}]({path}){{{name}alt=\"{alt}\"}}"
 
     def _moving(self, html):
@@ -169,6 +171,13 @@ def _fenced(text, language=""):
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
+def spoken(source: str, words: dict[str, str]) -> str:
+    """Typst's source with the words of each picture, which Pandoc leaves out."""
+    return re.sub(r'image\("([^"]+)"', lambda found: found[0] + (
+        f", alt: {json.dumps(words[found[1]], ensure_ascii=False)}" if found[1] in words else ""),
+        source)
+
+
 def bind(kind: str, path: Path, root: Path = ROOT) -> Path:
     """Write the volume to a file, "pdf" or "epub".
 
@@ -180,7 +189,8 @@ def bind(kind: str, path: Path, root: Path = ROOT) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         pictures = Path(folder)
-        text = Volume(pages(root), pictures, config["html"]["baseurl"]).markdown()
+        volume = Volume(pages(root), pictures, config["html"]["baseurl"])
+        text = volume.markdown()
         options = [f"--metadata=title:{config['title']}", f"--metadata=author:{config['author']}",
                    "--metadata=lang:en", f"--metadata=rights:{config['copyright']}"]
         if kind == "epub":
@@ -191,7 +201,7 @@ def bind(kind: str, path: Path, root: Path = ROOT) -> Path:
         source = pypandoc.convert_text(text, "typst", READER, extra_args=[
             *options, "--standalone", f"--template={PARTS / 'volume.typ'}"])
         source = source.replace("dot.circle", "dot.o")   # what Typst calls it by now
-        typst.compile(source.encode(), output=path, root="/")
+        typst.compile(spoken(source, volume.words).encode(), output=path, root="/")
     return path
 
 

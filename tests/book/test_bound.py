@@ -112,6 +112,14 @@ def test_links_lead_within_the_volume_or_to_the_site(tmp_path):
     assert r"\qquad \text{(3.1)}" in text and "\n# no heading\n" in text
 
 
+def test_a_picture_of_the_pdf_has_its_words():
+    source = '#figure(image("/a/b.png"), caption: [x]) #box(image("/c.svg", width: 2pt))'
+    assert bind.spoken(source, {"/a/b.png": 'a "rank"', "/c.svg": "two"}) == (
+        '#figure(image("/a/b.png", alt: "a \\"rank\\""), caption: [x]) '
+        '#box(image("/c.svg", alt: "two", width: 2pt))')
+    assert bind.spoken(source, {}) == source
+
+
 def test_an_unknown_kind_is_refused(tmp_path):
     with pytest.raises(ValueError, match='"pdf" or "epub", got \'mobi\''):
         bind.bind("mobi", tmp_path / "book.mobi")
