@@ -25,7 +25,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 PARTS = ROOT / "scripts" / "bound"
-READER = ("commonmark-raw_html+attributes+bracketed_spans+implicit_figures+pipe_tables"
+READER = ("commonmark-raw_html+smart+attributes+bracketed_spans+implicit_figures+pipe_tables"
           "+tex_math_dollars")
 LEFT_OUT = ("book/index", "book/api", "book/instructors")
 
