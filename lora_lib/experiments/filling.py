@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lora_lib.experiments.sweep import Row, read_if_any, select, wider
+from lora_lib.experiments.sweep import Row, means, read_if_any, select, wider
 
 GROWTH = 1.05
 
@@ -51,10 +51,8 @@ class Filling:
 
     def best_rate(self, method: Method, people: int) -> float:
         """The rate at which the tuning seeds know most, on the mean."""
-        missing: dict[float, list[float]] = {}
-        for row in self.tuned(method, people):
-            missing.setdefault(row["lr"], []).append(row["missing"])
-        return min(missing, key=lambda lr: np.mean(missing[lr]))
+        missing = means(self.tuned(method, people), "missing")
+        return min(missing, key=missing.get)
 
     def known(self, method: Method, people: int, *, lr: float | None = None) -> np.ndarray:
         """The bits known, seed by seed (seeds,), at the rate of the ladder or another.

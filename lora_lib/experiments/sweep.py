@@ -84,17 +84,23 @@ def read_if_any(name: str) -> list[Row]:
     return read(name) if (RESULTS / f"{name}.csv").exists() else []
 
 
+def means(rows: Iterable[Row], what: str) -> dict[float, float]:
+    """The mean of a result over the runs at each rate, {rate: mean}."""
+    found: dict[float, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["lr"], []).append(row[what])
+    return {lr: float(np.mean(values)) for lr, values in found.items()}
+
+
 def wider(rows: Iterable[Row], begin: Iterable[float], what: str = "valid") -> list[float]:
     """The rates of a grid, in order: those to begin with, those that have been run, and, when all
     of these have been, one more at the end where the least mean of `what` stands. Each is twice
     the one before. The mean of a rate is over the seeds that have been run there; one seed goes
     ahead of the others, so a grid that was inside may have to go on when they follow."""
-    losses: dict[float, list[float]] = {}
-    for row in rows:
-        losses.setdefault(row["lr"], []).append(row[what])
+    losses = means(rows, what)
     rates = sorted({*begin, *losses})
     if set(rates) == set(losses):
-        best = min(losses, key=lambda lr: np.mean(losses[lr]))
+        best = min(losses, key=losses.get)
         rates = ([best / 2] * (best == rates[0]) + rates + [best * 2] * (best == rates[-1]))
     return rates
 

@@ -48,7 +48,9 @@ def test_a_page_has_nothing_of_thebe(name):
 
 def test_the_book_opens_at_its_first_page():
     assert "book/index.html" in (HTML / "index.html").read_text("utf8")
-    assert (HTML / "_static" / "mathjax" / "tex-chtml.js").is_file()
+    assert (HTML / "_static" / "mathjax" / "startup.js").is_file()
+    assert "mathjax/startup.js" in (HTML / "book" / "02_math.html").read_text("utf8")
+    assert (HTML / "_static" / "scripts" / "fontawesome.js").stat().st_size == 0
 
 
 @each_page

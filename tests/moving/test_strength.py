@@ -20,22 +20,6 @@ def test_the_figure_has_the_rows(figure):
     assert [each["strength"] for each in figure["strengths"]] == list(strength.STRENGTHS)
 
 
-@pytest.mark.parametrize("at, method, answer", [(0, "base", "before"), (1, "LoRA", "after")])
-def test_the_ends_are_those_of_the_comparison(figure, at, method, answer):
-    """The base alone and the adapter as trained have the loss, the share of right calls and the
-    answers that the chapter's tables have."""
-    end, = (each for each in figure["strengths"] if each["strength"] == at)
-    assert end["loss"] == pytest.approx(assistant.compared("calls", method, "loss")[0], rel=0.02)
-    share = assistant.compared("calls", method, "exact")[0]
-    assert end["right"] == pytest.approx(share, abs=1.5 / assistant.TESTED)
-    kept = {row["request"]: row for row in read("assistant_answers")}
-    for asked, said in zip(figure["asked"], end["said"]):
-        whole = kept[asked["request"]]
-        assert asked["expected"] == whole["expected"]
-        assert whole[answer].startswith(said["text"])
-        assert said["right"] == (said["text"] == asked["expected"])
-
-
 def test_the_page_says_the_loss_of_its_table(figure):
     said = call("strength", "(strengths, tested) => strengths.map((at) => sentence(at, tested))",
                 figure["strengths"], figure["tested"])
