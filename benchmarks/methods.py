@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_lib.torch import LoRALinear, shared_input
 
 SCALING = 2
+KERNEL_RANK = 64               # its most; beyond, u does not fit beside y's tile
 
 
 class Formula(nn.Module):
@@ -46,6 +47,19 @@ def ours(linear: nn.Linear, A: Tensor, B: Tensor) -> LoRALinear:
     return _filled(layer, layer.A, layer.B, A, B)
 
 
+class Kernel(nn.Module):
+    """The Triton kernel, which only a GPU has: x read once for x W^T and x A^T, y written once."""
+
+    def __init__(self, linear: nn.Linear, A: Tensor, B: Tensor):
+        from lora_lib.torch.kernel import lora_linear
+        super().__init__()
+        self.linear, self.A, self.B = linear, nn.Parameter(A), nn.Parameter(B)
+        self.call = lora_linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x, self.linear.weight, self.linear.bias, self.A, self.B, SCALING)
+
+
 ADAPTED = {"lora_lib": ours, "PEFT": peft, "loralib": microsoft,
            "formula": lambda linear, A, B: Formula(linear, A.to(linear.weight),
                                                    B.to(linear.weight))}
@@ -53,16 +67,19 @@ ADAPTED = {"lora_lib": ours, "PEFT": peft, "loralib": microsoft,
 
 def layers(size: int, rank: int, *, dtype=torch.float32, device="cpu",
            seed: int = 0) -> dict[str, nn.Module]:
-    """{method: module} on one random square layer; "frozen" has no adapter, "full" is trained."""
+    """{method: module} on one random square layer; "frozen" has no adapter, "full" is trained.
+
+    On a GPU there is "kernel" too, up to its rank."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(shape, generator=generator) / shape[-1] ** 0.5
     linear = nn.Linear(size, size, dtype=dtype, device=device).requires_grad_(False)
     with torch.no_grad():
         linear.weight.copy_(draw(size, size)), linear.bias.copy_(draw(size))
     A, B = draw(rank, size).to(device), draw(size, rank).to(device)
+    adapted = ADAPTED | ({"kernel": Kernel} if device == "cuda" and rank <= KERNEL_RANK else {})
     return {"frozen": linear, "full": copy.deepcopy(linear).requires_grad_(),
             **{name: make(copy.deepcopy(linear), A.clone(), B.clone())
-               for name, make in ADAPTED.items()}}
+               for name, make in adapted.items()}}
 
 
 class Three(nn.Module):

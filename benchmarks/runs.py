@@ -8,7 +8,7 @@ Everybody trains the same adapters, from the same first values, on the same batc
 SFTTrainer are set up as their documentation shows it; and both sides once more with two rows of a
 batch at a time, which takes less memory (micro_batch_size, gradient_accumulation_steps). A run's time
 is that of its training call; its memory is the most that its process held, and how much of that came
-after the model was loaded.
+after the model was loaded. With a CUDA GPU the same command trains there, and the memory is the GPU's.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.run import RESULTS, machine
+from benchmarks.run import DEVICE, RESULTS, machine
 from lora_lib.experiments.sweep import Row, write
 from lora_lib.files import atomic
 from lora_lib.models import load_pretrained, smollm2
@@ -61,11 +61,11 @@ def shares(steps: int) -> dict[str, float]:
 
 
 def ours(rows: Rows, order: list[int], steps: int, part: int | None = None):
-    model = inject(load_pretrained("smollm2"), "all-linear", RANK, ALPHA, seed=SEED)
+    model = inject(load_pretrained("smollm2", device=DEVICE), "all-linear", RANK, ALPHA, seed=SEED)
 
     def run():
         return fine_tune(model, rows, steps=steps, batch_size=BATCH, lr=RATE, seed=SEED,
-                         micro_batch_size=part, progress=False)
+                         micro_batch_size=part, precision="model", progress=False)
     return model, run
 
 
@@ -85,8 +85,8 @@ def settings(kind, folder: str, steps: int, part: int = BATCH, **options):
     return kind(folder, max_steps=steps, per_device_train_batch_size=part,
                 gradient_accumulation_steps=BATCH // part, learning_rate=RATE,
                 lr_scheduler_type="constant", train_sampling_strategy="sequential",
-                logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, seed=SEED,
-                disable_tqdm=True, **options)
+                logging_steps=1, save_strategy="no", report_to="none",
+                use_cpu=DEVICE == "cpu", seed=SEED, disable_tqdm=True, **options)
 
 
 def trainer(rows: Rows, order: list[int], steps: int, part: int = BATCH):
@@ -135,16 +135,22 @@ def one(method: str, steps: int) -> dict:
     model, run = METHODS[method](rows, order, steps)
     for p in model.parameters():                 # read from the file now, not while it is measured
         p.sum()
-    held = _resident()
+    torch.mm(*torch.ones(2, 8, 8, device=DEVICE))     # the GPU's libraries are loaded now as well
+    held = _held()
     start = time.perf_counter()
     losses = run()
+    _held()                                      # waits for the GPU
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = (torch.cuda.max_memory_allocated() if DEVICE == "cuda" else
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     return {"seconds": seconds, "peak": peak, "above": peak - held, "losses": losses}
 
 
-def _resident():
-    """The bytes that this process holds now."""
+def _held():
+    """The bytes that this process holds now, or its tensors on the GPU."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 

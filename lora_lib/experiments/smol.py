@@ -4,7 +4,8 @@ The tasks are those of the small model (`lora_lib.tasks`), so that both can stan
 SmolLM2's tokens and without a chat template: 12 to 37 tokens a row, of which the answer's are
 learned. "instructions 6" draws from its context, "facts 40" has 40 people's biographies by heart.
 The embedding, which is also the output head, is frozen in both arms. A seed draws the examples, the
-adapter's A and the order; the validation examples choose rates and serve for nothing else.
+adapter's A and the order; the validation examples choose rates and serve for nothing else. All is
+in float32, on a GPU if there is one; the random numbers are the CPU's, so a seed means the same.
 """
 
 import math
@@ -21,6 +22,7 @@ from lora_lib.tuning.evaluation import loss_and_match, mean_loss
 
 LENGTH, LETTERS = 40, 100        # tokens of a row; no pair of so few letters has more
 VALIDATION, TEST, PASSAGES = 96, 192, 12
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def encoded(tokenizer, pairs: list[Pair]) -> Rows:
@@ -63,7 +65,7 @@ def fresh(targets: str, rank: int, alpha: float, *, seed: int = 0, use_rslora: b
     """
     from lora_lib.models import load_pretrained
     from lora_lib.torch import inject
-    model = load_pretrained("smollm2")
+    model = load_pretrained("smollm2", device=DEVICE)
     if targets == "full":
         model.model.embed_tokens.weight.requires_grad_(False)
         return model
@@ -80,7 +82,9 @@ def exchange(model: nn.Module, seed: int) -> None:
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, LoRALinear):
-                module.B.normal_(0, module.rank ** -0.5, generator=generator)
+                drawn = torch.empty(module.B.shape).normal_(0, module.rank ** -0.5,
+                                                            generator=generator)
+                module.B.copy_(drawn)
                 module.A.zero_()
 
 
@@ -95,7 +99,7 @@ def train(model: nn.Module, pairs: list[Pair], *, lr: float, steps: int, batch_s
     """Fine-tune what is trainable, with a short warmup and a cosine; every step's loss."""
     from lora_lib.torch import fine_tune, warmup_cosine
     return fine_tune(model, encoded(model.tokenizer, pairs), steps=steps, batch_size=batch_size,
-                     lr=lr, seed=seed, progress=False,
+                     lr=lr, seed=seed, precision="model", progress=False,
                      schedule=schedule or warmup_cosine(steps, warmup=steps // 16))
 
 

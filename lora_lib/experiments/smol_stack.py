@@ -64,7 +64,7 @@ Update = tuple[Tensor, Tensor]            # B (d, r), times the scaling, and A (
 def base() -> nn.Module:
     """The pretrained model, which `added` leaves as it was."""
     from lora_lib.models import load_pretrained
-    return load_pretrained("smollm2")
+    return load_pretrained("smollm2", device=smol.DEVICE)
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def own_answers(model: nn.Module, prompts: list[str]) -> list[Pair]:
     ids = {prompt: tokenizer.encode(prompt) for prompt in prompts}
     for length in sorted(set(map(len, ids.values()))):             # so that none needs padding
         some = [prompt for prompt in ids if len(ids[prompt]) == length]
-        tokens = torch.tensor([ids[prompt] for prompt in some])
+        tokens = torch.tensor([ids[prompt] for prompt in some], device=model.device)
         out = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens),
                              do_sample=False, max_new_tokens=TOKENS, top_p=None, temperature=None,
                              eos_token_id=tokenizer.eos_token_id,
@@ -104,7 +104,7 @@ def trained(of: str, negatives: bool, lr: float, seed: int) -> dict[str, Update]
     from lora_lib.torch import lora_modules
     model, pairs = smol.fresh("all", RANK, ALPHA, seed=seed), rows(of, negatives, seed)
     smol.train(model, pairs, lr=lr, steps=STEPS, batch_size=BATCH, seed=seed)
-    return {path: (layer.scaling * layer.B.detach(), layer.A.detach())
+    return {path: ((layer.scaling * layer.B.detach()).cpu(), layer.A.detach().cpu())
             for path, layer in lora_modules(model).items()}
 
 
@@ -135,7 +135,8 @@ def added(model: nn.Module, adapters: list[dict[str, Update]], way: str = "sum",
             torch.manual_seed(seed)
             for path in before:
                 updates = [B @ A for B, A in (adapter[path] for adapter in adapters)]
-                model.get_submodule(path).weight += combined(way, updates)
+                weight = model.get_submodule(path).weight
+                weight += combined(way, updates).to(weight.device)
         yield model
     finally:
         with torch.no_grad():

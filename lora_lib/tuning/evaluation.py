@@ -49,7 +49,7 @@ def loss_and_match(model: nn.Module, tokenizer, examples: Sequence[Example] | Ro
     total, count, wrong = 0.0, 0, set()
     rows = _rows(tokenizer, examples)
     for numbers, logits, labels in _passes(model, rows, batch_size):
-        wrong |= set(numbers[logits.argmax(-1) != labels].tolist())
+        wrong |= set(numbers[(logits.argmax(-1) != labels).cpu()].tolist())
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total += F.cross_entropy(logits, labels, reduction="sum").item()
         count += len(labels)

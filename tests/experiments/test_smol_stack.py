@@ -114,7 +114,7 @@ def test_half_of_the_rows_are_the_other_tasks_as_the_base_answers(monkeypatch):
 
 
 def test_a_trial_trains_once_and_gives_both_tasks(monkeypatch):
-    monkeypatch.setattr("lora_lib.models.load_pretrained", lambda name: tiny())
+    monkeypatch.setattr("lora_lib.models.load_pretrained", lambda name, device: tiny().to(device))
     monkeypatch.setattr(smol_stack, "STEPS", 2)
     monkeypatch.setattr(smol_stack, "TEST", 4)
     runs, train = [], smol_stack.smol.train

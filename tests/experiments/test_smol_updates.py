@@ -142,13 +142,13 @@ def tiny(monkeypatch):
     """A random Llama in SmolLM2's place, with its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2.folder())
 
-    def load(name):
+    def load(name, device):
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
             num_attention_heads=2, tie_word_embeddings=True))
         model.tokenizer = tokenizer
-        return model
+        return model.to(device)
     monkeypatch.setattr(models, "load_pretrained", load)
     monkeypatch.setattr(u, "TESTED", 12)
     few = smol.prose()[:2]

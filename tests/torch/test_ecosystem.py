@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -169,8 +170,10 @@ class TestTorch:
         expected = Logits(model)(IDS)
         model.to("cuda")
         assert {p.device.type for p in model.parameters()} == {"cuda"}
-        torch.testing.assert_close(Logits(model)(IDS.cuda()).cpu(), expected)
-        torch.testing.assert_close(Logits(merge(model))(IDS.cuda()).cpu(), expected)
+        # Also a float64 Llama has its norms and its angles in float32.
+        close = partial(torch.testing.assert_close, rtol=1.3e-6, atol=1e-5)
+        close(Logits(model)(IDS.cuda()).cpu(), expected)
+        close(Logits(merge(model))(IDS.cuda()).cpu(), expected)
 
 
 def test_a_default_device_does_not_change_what_a_seed_means():

@@ -56,15 +56,16 @@ def results(function, args, g):
     return [y, *torch.autograd.grad(y, inputs, g.to(y))], [y, *inputs]
 
 
-def check(args, module=kernel, g=None):
-    """Values and gradients, to a few units in the last place of the largest number."""
+def check(args, module=kernel, g=None, units=2):
+    """Values and gradients, to a few units in the last place of the largest number: 8 in float32,
+    else 2, since the interpreter truncates to bfloat16."""
     x, W = args[:2]
     exact = [t.detach().double().requires_grad_(t.requires_grad) if torch.is_tensor(t) else t
              for t in args]
     g = randn(*x.shape[:-1], len(W), dtype=x.dtype, seed=9) if g is None else g
     ours, like = results(module.lora_linear, args, g)
     expected, _ = results(formula, exact, g)
-    units = 8 if x.dtype == torch.float32 else 2       # 2: the interpreter truncates to bfloat16
+    units = 8 if x.dtype == torch.float32 else units
     for one, other, t in zip(ours, expected, like, strict=True):
         assert one.dtype == t.dtype and one.shape == other.shape
         if one.numel():
@@ -285,4 +286,5 @@ def test_compiled(shape, dtype):
     args = [t.detach().cuda().requires_grad_(t.requires_grad) if torch.is_tensor(t) else t
             for t in arguments(*shape, dtype=dtype)]
     g = randn(*shape[0], shape[2], dtype=dtype, seed=9).cuda()
-    check(args, load(interpret=False), g)
+    # tf32 cuts u and B to float16's 10 bits, a unit each, and y is rounded: 2.5.
+    check(args, load(interpret=False), g, units=3)
