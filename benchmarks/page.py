@@ -164,22 +164,29 @@ None has been measured yet. The same command measures one where there is one.
 GPU = """\
 ## On a GPU
 
-The same command on a GPU, timed by CUDA events, and once more as captured CUDA graphs, which leave
-Python out.
+The same command on a GPU, timed by CUDA events: once as Python calls it, once more as captured CUDA
+graphs, which leave Python out. The targets above were set for a processor.
 
 {machine}
 
-One layer, forward and backward, rank `8`, over the frozen layer:
+{calls} So look at the graphs for what the arithmetic costs, and at the other tables for what a loop
+in Python waits for.
+
+One layer, forward and backward, rank `8`, over the frozen layer; first as graphs, then from Python.
+{kernel}
 
 {layers}
 
-Queries, keys and values of one input:
+Queries, keys and values of one input, as graphs and from Python:
 
 {shared}
 
-A step of the language model over PEFT's:
+A step of the language model over PEFT's, as graphs and from Python:
 
 {model}
+
+The transpose that saves time on a processor (above) takes {thin} times as long as the product itself
+here, as graphs; the library leaves it out on a GPU.
 """
 
 
@@ -358,15 +365,42 @@ def steps(rows, what="model", dtypes=("float32", "bfloat16")) -> str:
                   for dtype in dtypes for name in ("q, v", "all")])
 
 
+def calls(rows) -> str:
+    """What a call costs beside the work: a small layer and a large one, from Python and as graphs."""
+    took = lambda what, size, tokens: one(rows, "frozen", what=what, dtype="float16", size=size,
+                                          tokens=tokens, rank=8)["seconds"]
+    small, large = (256, 1), (4096, 128)
+    python, graph = (took(what, *large) / took(what, *small) for what in ("step", "step graph"))
+    return (f"Called from Python, layers wait for calls more than for products. In float16, a frozen "
+            f"layer of width {code(large[0])} with {code(large[1])} tokens takes "
+            f"{code(python, '.1f')} times as long as one of width {code(small[0])} with "
+            f"{code(small[1])}; as graphs, which are {seconds(took('step graph', *small))} and "
+            f"{seconds(took('step graph', *large))}, {code(graph, '.1f')} times.")
+
+
+def of_the_kernel(rows) -> str:
+    """Where the Triton kernel is the faster of our two layers, if anywhere."""
+    over = [row["seconds"] / one(rows, "lora_lib", **{key: row[key] for key in (
+        "what", "dtype", "size", "rank", "tokens")})["seconds"]
+        for row in select(rows, what="step graph", method="kernel")]
+    return (f"*Kernel* is the whole layer as one Triton kernel, `lora_lib.torch.kernel`. As graphs "
+            f"it is faster than lora_lib's layer, which leaves products to torch, at "
+            f"{code(sum(ratio < 1 for ratio in over))} of {code(len(over))} points, rank `8` and "
+            f"others, and takes {code(np.median(over), '.1f')} times as long in the median.")
+
+
 def gpu(folder: Path) -> str:
     """What a GPU's run says, eager and as graphs."""
     rows = read(folder / "times.csv")
-    both = lambda make: "\n\n".join(make(suffix) for suffix in ("", " graph"))
+    both = lambda make: "\n\n".join(make(suffix) for suffix in (" graph", ""))
+    methods = [*METHODS, "kernel"]
     return GPU.format(
-        machine=machine(folder),
-        layers=both(lambda s: matrix(rows, "step" + s, METHODS, ["dtype", "size", "tokens"],
+        machine=machine(folder), calls=calls(rows), kernel=of_the_kernel(rows),
+        thin=" to ".join(code(value, ".2f") for value in np.quantile(
+            [row["ratio"] for row in select(rows, what="thin graph", method="(u^T g)^T")], [0, 1])),
+        layers=both(lambda s: matrix(rows, "step" + s, methods, ["dtype", "size", "tokens"],
                                      rank=8)),
-        shared=both(lambda s: matrix(rows, "shared" + s, METHODS, ["dtype", "size", "tokens"])),
+        shared=both(lambda s: matrix(rows, "shared" + s, methods, ["dtype", "size", "tokens"])),
         model=both(lambda s: steps(rows, "model" + s, ("float32", "float16"))))
 
 
