@@ -9,6 +9,8 @@ A chapter is written only after all of its cells ran, and never half.
 """
 
 import argparse
+import base64
+import io
 import os
 import re
 import subprocess
@@ -22,6 +24,7 @@ import yaml
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
+from PIL import Image
 
 from lora_lib import moving
 
@@ -100,7 +103,8 @@ def run(notebook: NotebookNode, folder: Path) -> NotebookNode:
 
 
 def normalise(notebook: NotebookNode) -> None:
-    """Leave only what a reader needs: no timings, editor state, Python version or old counts."""
+    """Leave only what a reader needs: no timings, editor state, Python version or old counts, and
+    pictures of as few bytes as they need."""
     notebook.metadata = nbformat.from_dict(METADATA)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     count = 0
@@ -114,6 +118,20 @@ def normalise(notebook: NotebookNode) -> None:
             for output in cell.outputs:
                 if "execution_count" in output:
                     output.execution_count = count
+                if "image/png" in output.get("data", {}):
+                    output.data["image/png"] = _of_few_colours(output.data["image/png"])
+
+
+def _of_few_colours(encoded: str) -> str:
+    """A PNG (base64) with a palette of 256 colours, a quarter of the bytes of a plot; one that has
+    a palette stays as it is."""
+    picture = Image.open(io.BytesIO(base64.b64decode(encoded)))
+    if picture.mode == "P":
+        return encoded
+    out = io.BytesIO()
+    few = picture.convert("RGBA").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    few.save(out, "PNG", optimize=True)
+    return base64.b64encode(out.getvalue()).decode()
 
 
 def renew(notebook: NotebookNode) -> None:

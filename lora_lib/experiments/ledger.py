@@ -12,8 +12,8 @@ from lora_lib.experiments import (assistant, batches, enough, filled, foundation
                                   smol_studies, smol_updates, targets)
 from lora_lib.experiments.claims import Verdict
 
-MODULES = (foundations, targets, small_rates, minilm_rates, smol_rates, batches, enough, filled,
-           mistakes, assistant, real)
+MODULES = (foundations, targets, small_rates, minilm_rates, smol_rates, smol_studies, batches,
+           enough, filled, mistakes, assistant, real)
 AGREES, DISAGREES, PARTLY = "agrees", "disagrees", "partly"
 
 

@@ -1,8 +1,9 @@
 """SmolLM2: what an update forgets, what it looks like, how little of it would do.
 
-`python -m lora_lib.experiments.smol_updates` takes 90 core-minutes. A run of a method at one of
-four rates, or more if the best is not inside, is measured after each quarter of its steps: on the
-task and on prose, which may be forgotten. The rate that a seed's validation examples choose is then
+`python -m lora_lib.experiments.smol_updates` takes 90 core-minutes; the rows that are kept come
+from an H200, those of the dissected updates from a processor. A run of a method at one of four
+rates, or more if the best is not inside, is measured after each quarter of its steps: on the task
+and on prose, which may be forgotten. The rate that a seed's validation examples choose is then
 run once more, and its update is dissected, matrix by matrix.
 
 Which of two methods forgets less is seen where both have learned the task equally well. Each seed's

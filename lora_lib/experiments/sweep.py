@@ -84,6 +84,13 @@ def read_if_any(name: str) -> list[Row]:
     return read(name) if (RESULTS / f"{name}.csv").exists() else []
 
 
+def lacking(trial: Callable[..., dict], points: Iterable[dict], name: str) -> list[dict]:
+    """The points that results/`name`.csv does not hold."""
+    signature = inspect.signature(trial)
+    held = {_key(signature, row) for row in read_if_any(name)}
+    return [point for point in points if _key(signature, _complete(signature, point)) not in held]
+
+
 def means(rows: Iterable[Row], what: str) -> dict[float, float]:
     """The mean of a result over the runs at each rate, {rate: mean}."""
     found: dict[float, list[float]] = {}

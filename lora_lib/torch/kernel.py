@@ -13,10 +13,10 @@ and B^T. What it costs: every block of BLOCK_N columns computes u again, which a
 rank / BLOCK_N of the large product's work. Sharing u would take a second launch.
 
 We checked the numbers through Triton's interpreter (TRITON_INTERPRET=1, on a CPU) and compiled, on
-an H200. There it is slower than torch's products at all but a few of the sizes that we measured (the
-book's page on speed): their blocks are tuned for each shape, and these are guesses; and in float32
-it keeps all digits, without tensor cores. It is here to be read, and as a place to start from; use
-`lora_lib.torch.fused`.
+an H200. There it is slower than torch's products at all but a few of the sizes that we measured
+(the book's page on speed): their blocks are tuned for each shape, and these are guesses; and in
+float32 it keeps all digits, without tensor cores. It is here to be read, and as a place to start
+from; use `lora_lib.torch.fused`.
 """
 
 import torch

@@ -16,7 +16,6 @@ from .test_built import HTML, PAGES
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 VIEWS = {"desktop": (1440, 900), "phone": (390, 844)}
 STOPS, COLD, WARM = 120, 2.5e6, 1e6                      # tab stops of a page; bytes, as stored
-HEAVY = {"03_initialization": 1.05e6}                    # over the limit, to be made lighter
 AXE = next(Path(axe_core_python.__file__).parent.rglob("axe.min.js"))
 WIDE = """() => {
   const page = document.documentElement;
@@ -112,8 +111,6 @@ def test_a_page_is_light(seen):
     own = {HTML / "book" / f"{seen.name}.html", *(
         Path(url[7:].split("?")[0]) for url in pictures if url.startswith("file://"))}
     weight = sum(path.stat().st_size for path in own)
-    if seen.name in HEAVY and WARM <= weight < HEAVY[seen.name]:
-        pytest.xfail(f"{seen.name} has {weight / 1e6:.2f} MB of its own, {WARM / 1e6:.0f} wanted")
     assert weight < WARM
 
 

@@ -1,22 +1,16 @@
 """The kept results are those of the experiments as they stand, and verdicts follow from them."""
 
 import importlib
-import inspect
 import math
 
 import pytest
 
 from lora_lib.experiments import (batches, claims, enough, filled, foundations, minilm_rates,
-                                  small_rates, smol,
-                                  smol_rates, sweep, targets, trial)
+                                  small_rates, smol, smol_rates, smol_studies, sweep, targets,
+                                  trial)
 
 MODULES = sorted(path.stem for path in (sweep.RESULTS.parent).glob("*.py")
                  if "def verdicts" in path.read_text("utf8"))
-
-
-def keys(function, points):
-    signature = inspect.signature(function)
-    return {sweep._key(signature, sweep._complete(signature, point)) for point in points}
 
 
 @pytest.mark.parametrize("function, points, name", [
@@ -30,11 +24,11 @@ def keys(function, points):
     (filled.trial, filled.RUNS.points, "filled"),
     (minilm_rates.trial, minilm_rates.points, "minilm_rates"),
     (smol.trial, smol_rates.points, "smol_rates"),
+    *((smol.trial, lambda study=study: smol_studies.points(study), "smol_studies")
+      for study in ("targets", "start", "batch")),
 ])
 def test_every_point_has_been_run(function, points, name):
-    signature = inspect.signature(function)
-    kept = {sweep._key(signature, row) for row in sweep.read(name)}
-    assert keys(function, points()) <= kept
+    assert points() and not sweep.lacking(function, points(), name)
 
 
 @pytest.mark.parametrize("path", sorted(sweep.RESULTS.glob("*.csv")), ids=lambda path: path.stem)

@@ -201,13 +201,14 @@ def test_a_studys_claims_follow_its_rows(monkeypatch):
         targets = {"q,v": 0.2, "q,k,v,o": 0.1}.get(row["targets"], 0)
         noise = 0.001 * np.random.default_rng(int(row["lr"] * 1e7) + row["seed"]).normal()
         return far + behind + targets * (row["name"] == smol_studies.FACTS) + noise
-    usual = {"examples": 512, "steps": 64, "batch_size": 8, "start": "B = 0"}
+    usual = {"examples": 512, "steps": 64, "batch_size": 8, "start": "B = 0", "use_rslora": False}
     rows = []
-    monkeypatch.setattr(smol_studies, "read_if_any", lambda name: rows)
+    for module in (smol_studies, sweep):
+        monkeypatch.setattr(module, "read_if_any", lambda name: rows)
     for _ in range(4):                                         # as `grow` does
         wanted = [usual | p for study in smol_studies.studies() for p in smol_studies.points(study)]
         rows = list({str(p): p | {"valid": loss(p), "loss": loss(p)} for p in wanted}.values())
-    found = {v.claim: v.verdict for v in smol_studies.judged()}
+    found = {v.claim: v.verdict for v in smol_studies.verdicts()}
     s = smol_studies
     assert found[s.FEED_FORWARD.text] == f"holds if the task is {s.FACTS}"
     assert found[s.AS_GOOD.text] == "holds if the number of examples is 256 or 1,024"
@@ -217,3 +218,5 @@ def test_a_studys_claims_follow_its_rows(monkeypatch):
     most = [row for row in rows if row["examples"] == 4096]      # at the rate of 1,024 examples
     assert {row["seed"] for row in most} == set(s.SEEDS) and len(most) == 2 * len(s.SEEDS)
     assert {row["lr"] for row in most} == {1e-3, 1e-4}
+    rows.remove(most[0])                                         # a study that is not whole
+    assert {v.claim for v in s.verdicts()} == set(found) - {s.AS_GOOD.text}
