@@ -1,10 +1,13 @@
 """A Sphinx extension: what a page says of itself to search engines and to those who share it, folds
-that a screen reader reads by their own words, and nothing that no page uses: Thebe, sphinx-design,
-icons as scripts beside the same icons as a font, MathJax's menus and readers of other markup."""
+that a screen reader reads by their own words, panels below one another on a phone, and nothing that
+no page uses: Thebe, sphinx-design, icons as scripts beside the same icons as a font, MathJax's
+menus and readers of other markup."""
 
 import html
 import re
 from pathlib import Path
+
+from page_panels import stacked
 
 LONGEST = 200  # characters of a description
 UNUSED = ("thebe", "sphinx-design", "design-tabs")
@@ -36,6 +39,8 @@ def finish(app, page: str, template: str, context: dict, doctree) -> None:
     body = body.replace('<summary aria-label="Toggle hidden content">', "<summary>")
     body = body.replace('<a class="headerlink"', '<a tabindex="-1" class="headerlink"')
     body = re.sub(r"<img (?![^>]*loading=)", '<img loading="lazy" ', body)
+    body = stacked(body, {name: Path(app.srcdir, path)
+                          for path, name in app.builder.images.items()})
     body = re.sub(r'<script type="text/x-thebe-config">.*?</script>', "", body, flags=re.DOTALL)
     context["body"] = re.sub(r"<script>kernelName = .*?</script>", "", body)
     tags = {
