@@ -21,7 +21,7 @@ FROZEN, GRID, GREY = "#B8C4CE", "#DDDDDD", "#777777"
 MEMORY = {"weights": FROZEN, "gradients": GREEN, "optimizer": PURPLE, "activations": SKY}
 
 HOUSE: dict[Any, Any] = {
-    "figure.figsize": (6.4, 3.6), "figure.dpi": 150, "figure.constrained_layout.use": True,
+    "figure.figsize": (4.4, 3.0), "figure.dpi": 150, "figure.constrained_layout.use": True,
     "axes.prop_cycle": plt.cycler(color=PALETTE), "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID,
     "font.size": 10, "axes.titlesize": 11, "legend.framealpha": 0.9,

@@ -7,7 +7,7 @@ import html
 import re
 from pathlib import Path
 
-from page_panels import stacked
+from page_pictures import sized, stacked
 
 LONGEST = 200  # characters of a description
 UNUSED = ("thebe", "sphinx-design", "design-tabs")
@@ -39,8 +39,8 @@ def finish(app, page: str, template: str, context: dict, doctree) -> None:
     body = body.replace('<summary aria-label="Toggle hidden content">', "<summary>")
     body = body.replace('<a class="headerlink"', '<a tabindex="-1" class="headerlink"')
     body = re.sub(r"<img (?![^>]*loading=)", '<img loading="lazy" ', body)
-    body = stacked(body, {name: Path(app.srcdir, path)
-                          for path, name in app.builder.images.items()})
+    files = {name: Path(app.srcdir, path) for path, name in app.builder.images.items()}
+    body = stacked(sized(body, files), files)
     body = re.sub(r'<script type="text/x-thebe-config">.*?</script>', "", body, flags=re.DOTALL)
     context["body"] = re.sub(r"<script>kernelName = .*?</script>", "", body)
     tags = {

@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import page_finish
-import page_panels
+import page_pictures
 import pytest
 from bs4 import BeautifulSoup
 from PIL import Image
@@ -32,7 +32,7 @@ def panels_of(path, count):
 def test_panels_are_parted_where_nothing_is_drawn(tmp_path, count):
     path = panels_of(tmp_path / "a.png", count)
     with Image.open(path) as picture:
-        found = page_panels.panels(picture)
+        found = page_pictures.panels(picture)
         width, pixels = picture.width, np.asarray(picture.convert("L"))
     assert [first for first, _ in found] == [0, *(last for _, last in found[:-1])]
     assert len(found) == count and found[-1][1] == width
@@ -44,13 +44,17 @@ def test_panels_are_parted_where_nothing_is_drawn(tmp_path, count):
 def test_a_picture_of_panels_is_in_the_page_whole_and_by_panels(tmp_path):
     path = panels_of(tmp_path / "a.png", 2)
     body = '<p><img alt="two" class="panels" src="../_images/a.png" /><img alt="b" src="b.png" /></p>'
-    page = BeautifulSoup(page_panels.stacked(body, {"a.png": path}), "html.parser")
+    page = BeautifulSoup(page_pictures.stacked(body, {"a.png": path}), "html.parser")
     whole, left, right, other = page.find_all("img")
     assert whole["data-panels"] == "whole" and other["src"] == "b.png"
     assert left["src"] == right["src"] == whole["src"] == "../_images/a.png"
     assert (whole["alt"], left["alt"], right["alt"]) == ("two", "two", "")
     assert "object-position: 0.00% 0" in left["style"]
     assert "object-position: 100.00% 0" in right["style"]
+    with Image.open(path) as picture:
+        width = round(0.75 * picture.width)
+    sized = page_pictures.sized(body, {"a.png": path})
+    assert f'<img width="{width}" alt="two"' in sized and '<img alt="b" src="b.png"' in sized
     one = panels_of(tmp_path / "c.png", 1)
     with pytest.raises(ValueError, match="no panels are found in c.png"):
-        page_panels.stacked('<img alt="" class="panels" src="c.png" />', {"c.png": one})
+        page_pictures.stacked('<img alt="" class="panels" src="c.png" />', {"c.png": one})

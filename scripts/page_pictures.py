@@ -1,4 +1,4 @@
-"""Pictures of several panels, one below the other on a narrow page.
+"""Pictures as large as their letters need, and panels below one another on a narrow page.
 
 Side by side on a phone, two panels have letters too small to read. So such a picture is in the
 page as a whole and once more panel by panel, each a window on the same file (no byte more is
@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 GUTTER = 4          # pixels between two panels, at least
+SHOWN = 0.75        # of a stored pixel: letters of ten points are 15.6 pixels high in the page
 OFF = 0.05          # of the width: as far may a gutter be from where equal panels would part
 PANELS = (2, 3)
 PICTURE = re.compile(r'<img (?=[^>]*class="[^"]*\bpanels\b)(?=[^>]*alt="(?P<alt>[^"]*)")'
@@ -36,6 +37,18 @@ def panels(picture: Image.Image) -> list[tuple[int, int]]:
             cuts = [sum(some[0]) // 2 for some in near]      # a label of the next may follow
             return [*zip([0, *cuts], [*cuts, width])]
     return []
+
+
+def sized(body: str, files: dict[str, Path]) -> str:
+    """A page's HTML, with pictures of pixels at their size, all in one scale. `files` says where the
+    picture of a name is."""
+    def at_its_size(match: re.Match) -> str:
+        name = Path(match["src"]).name
+        if name not in files or not name.endswith(".png"):
+            return match[0]
+        with Image.open(files[name]) as picture:
+            return match[0].replace("<img ", f'<img width="{SHOWN * picture.width:.0f}" ', 1)
+    return re.sub(r'<img (?![^>]*width=)[^>]*src="(?P<src>[^"]+)"[^>]*>', at_its_size, body)
 
 
 def stacked(body: str, files: dict[str, Path]) -> str:
