@@ -51,7 +51,8 @@ def curves(series: dict, *, x=None, xlabel="step", ylabel="loss", title=None, lo
     the least to the greatest repeat, or with `dots` each repeat is a dot. `hline` is {label:
     height} for dashed reference lines.
     """
-    with axes_or_new(ax) as ax:
+    above = ax is None and len(series) > 2           # the legend: among lines there is no room
+    with axes_or_new(ax, (4.4, 3.5) if above else None) as ax:
         for i, (label, data) in enumerate(series.items()):
             at, y = data if isinstance(data, tuple) else (x, data)
             y = np.asarray(y, float)
@@ -65,16 +66,17 @@ def curves(series: dict, *, x=None, xlabel="step", ylabel="loss", title=None, lo
                 ax.fill_between(at, y.min(0), y.max(0), color=color, alpha=0.2, linewidth=0)
         for label, height in (hline or {}).items():
             ax.axhline(height, color=BLACK, linestyle=":", linewidth=1.2, label=label)
-        if logx:
-            ax.set_xscale("log", base=2)
-            ax.xaxis.set_major_formatter(
-                lambda value, _: f"{value:.2g}" if value < 1 else f"{value:g}")
+        if logx:                     # rates in powers of ten, what is counted in powers of two
+            ax.set_xscale("log", base=10 if ax.dataLim.x0 < 1 else 2)
+            ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         if logy:
             ax.set_yscale("log")
         if ylim:
             ax.set_ylim(ylim)
         _label(ax, xlabel, ylabel, title)
-        if len(series) > 1 or hline:
+        if above:
+            ax.figure.legend(loc="outside upper center", ncols=3, frameon=False)
+        elif len(series) > 1 or hline:
             ax.legend()
 
 
