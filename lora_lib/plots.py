@@ -75,7 +75,8 @@ def curves(series: dict, *, x=None, xlabel="step", ylabel="loss", title=None, lo
             ax.set_ylim(ylim)
         _label(ax, xlabel, ylabel, title)
         if above:
-            ax.figure.legend(loc="outside upper center", ncols=3, frameon=False)
+            ax.figure.legend(loc="outside upper center", frameon=False,
+                             ncols=2 if len(series) == 4 else 3)
         elif len(series) > 1 or hline:
             ax.legend()
 

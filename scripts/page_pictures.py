@@ -40,8 +40,8 @@ def panels(picture: Image.Image) -> list[tuple[int, int]]:
 
 
 def sized(body: str, files: dict[str, Path]) -> str:
-    """A page's HTML, with pictures of pixels at their size, all in one scale. `files` says where the
-    picture of a name is."""
+    """A page's HTML, with pictures of pixels at their size, all in one scale. `files` says where
+    the picture of a name is."""
     def at_its_size(match: re.Match) -> str:
         name = Path(match["src"]).name
         if name not in files or not name.endswith(".png"):
