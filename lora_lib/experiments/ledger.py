@@ -13,7 +13,7 @@ from lora_lib.experiments import (assistant, batches, enough, filled, foundation
 from lora_lib.experiments.claims import Verdict
 
 MODULES = (foundations, targets, small_rates, minilm_rates, smol_rates, smol_studies, batches,
-           enough, filled, mistakes, assistant, real)
+           enough, filled, smol_updates, mistakes, assistant, real)
 AGREES, DISAGREES, PARTLY = "agrees", "disagrees", "partly"
 
 
@@ -102,7 +102,10 @@ LEDGER = (
           "They train whole models, on every fact far longer than we do; we fill three matrices of "
           "one layer, and the highest of three ranks holds the most for each number."),
     Entry(smol_updates.FORGETS.text, ((BIDERMAN, AGREES), (INTRUDERS, AGREES)),
-          "What counts is where on the front of learning and forgetting two runs are compared."),
+          "What counts is where on the front of learning and forgetting two runs are compared; and "
+          "theirs train far longer."),
+    Entry(smol_updates.INTRUDES.text, ((INTRUDERS, AGREES),),
+          "Sixty-four steps may be too few to make any."),
 )
 
 

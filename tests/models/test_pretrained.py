@@ -58,6 +58,15 @@ def test_the_model_is_the_one_in_the_gguf_file():
         assert torch.equal(model.get_submodule(path).weight, expected)
 
 
+def test_smollm2_has_the_marks_of_its_file():
+    from gguf import GGUFReader
+    fields = GGUFReader(smollm2.gguf_path()).fields
+    tokenizer = load_pretrained("smollm2").tokenizer
+    for name, field in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        assert getattr(tokenizer, f"{name}_token_id") == int(
+            fields[f"tokenizer.ggml.{field}_token_id"].contents()), name
+
+
 def test_the_second_start_reads_what_the_first_kept(tmp_path):
     """Two processes at once leave one whole folder, and no half."""
     code = ("from lora_lib.models import load_pretrained, smollm2\n"
