@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lora_lib.experiments import (assistant, batches, enough, filled, foundations,
-                                  minilm_rates, mistakes, rates, real, small_rates, smol_rates,
-                                  smol_studies, smol_updates, targets)
+                                  minilm_rates, mistakes, rates, real, small_rates, smol_facts,
+                                  smol_rates, smol_studies, smol_updates, targets)
 from lora_lib.experiments.claims import Verdict
 
 MODULES = (foundations, targets, small_rates, minilm_rates, smol_rates, smol_studies, batches,
-           enough, filled, smol_updates, mistakes, assistant, real)
+           enough, filled, smol_facts, smol_updates, mistakes, assistant, real)
 AGREES, DISAGREES, PARTLY = "agrees", "disagrees", "partly"
 
 
@@ -99,8 +99,10 @@ LEDGER = (
           "LoRA is behind where a small model, which knows nothing but tales, has much to change; "
           "a large one has met most formats before."),
     Entry(filled.GROWS.text, ((BITS, AGREES),),
-          "They train whole models, on every fact far longer than we do; we fill three matrices of "
-          "one layer, and the highest of three ranks holds the most for each number."),
+          "They train whole models, on every fact far longer than we do. We fill three matrices of "
+          "one layer, and what has room for more people has fewer looks at each."),
+    Entry(smol_facts.MORE.text, ((REGRET, AGREES),),
+          "How much is new decides: a few hundred facts fit where thousands do not."),
     Entry(smol_updates.FORGETS.text, ((BIDERMAN, AGREES), (INTRUDERS, AGREES)),
           "What counts is where on the front of learning and forgetting two runs are compared; and "
           "theirs train far longer."),

@@ -179,7 +179,7 @@ def share(method: Method, people: int) -> np.ndarray:
     return RUNS.comparison(method, people) / (people * BITS_PER_PERSON)
 
 
-def judged() -> list[Verdict]:
+def verdicts() -> list[Verdict]:
     """The claims on SmolLM2. What is not full with the most people has no capacity to judge, and
     facts that all numbers together do not learn are no test of a few."""
     bits = "bits for a number: " + ", ".join(

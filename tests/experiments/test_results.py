@@ -6,8 +6,8 @@ import math
 import pytest
 
 from lora_lib.experiments import (batches, claims, enough, filled, foundations, minilm_rates,
-                                  small_rates, smol, smol_rates, smol_studies, smol_updates, sweep,
-                                  targets, trial)
+                                  small_rates, smol, smol_facts, smol_rates, smol_studies,
+                                  smol_updates, sweep, targets, trial)
 
 MODULES = sorted(path.stem for path in (sweep.RESULTS.parent).glob("*.py")
                  if "def verdicts" in path.read_text("utf8"))
@@ -24,6 +24,7 @@ MODULES = sorted(path.stem for path in (sweep.RESULTS.parent).glob("*.py")
     (filled.trial, filled.RUNS.points, "filled"),
     (minilm_rates.trial, minilm_rates.points, "minilm_rates"),
     (smol.trial, smol_rates.points, "smol_rates"),
+    (smol_facts.trial, smol_facts.RUNS.points, "smol_facts"),
     (smol_updates.trial, smol_updates.points, "smol_updates"),
     (smol_updates.dissected, smol_updates.own_points, "smol_updates_dissected"),
     *((smol.trial, lambda study=study: smol_studies.points(study), "smol_studies")

@@ -130,7 +130,7 @@ def planted(monkeypatch):
                     1 - 0.1 * abs(math.log2(p["lr"] / best)) + noise * rng.standard_normal())
                 rows.append(p | {"steps": smol_facts.STEPS, "known": bits, "numbers": size,
                                  "missing": p["people"] * BITS_PER_PERSON - bits})
-        return {v.claim: v for v in smol_facts.judged()}, rows
+        return {v.claim: v for v in smol_facts.verdicts()}, rows
     return plant
 
 
