@@ -35,9 +35,12 @@ def panels(columns: int = 2, rows: int = 1, *, width: float = 4.2, height: float
     """Several pictures in one figure: `with panels(2) as (left, right): curves(..., ax=left)`.
 
     Gives the axes, one row's or all in reading order, and shows the figure when the block ends.
+    Each has its numbers, also where `sharey` makes them the same: a phone shows one at a time.
     """
     with plt.rc_context(HOUSE):
         _, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), **options)
+        for ax in np.ravel(axes):
+            ax.yaxis.set_tick_params(labelleft=True)
         yield axes.ravel() if rows * columns > 1 else [axes]
         plt.show()
 

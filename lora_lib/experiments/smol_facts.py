@@ -42,10 +42,11 @@ from lora_lib.tasks import BIOGRAPHY, BITS_PER_PERSON, biographies
 from lora_lib.torch import fine_tune, inject, warmup_cosine
 
 STEPS, BATCH = 1200, 64
+HIDDEN, INNER = 576, 1536
 # What is trained: adapters of these ranks, with alpha = 2 r, on the three matrices of 576 by 1536;
 # or so many of the 1536 neurons whole, up to all.
 ADAPTERS = (("LoRA", 1), ("LoRA", 2), ("LoRA", 4))
-SOME, ALL = ("whole", 16), ("whole", 1536)
+SOME, ALL = ("whole", 16), ("whole", INNER)
 NAMES = {**{adapter: f"rank {adapter[1]}" for adapter in ADAPTERS},
          SOME: f"{SOME[1]} whole neurons", ALL: "all neurons"}
 FEW, MANY, KNOWN = 50, 200, 0.9                   # people, and the share of their bits that ALL
@@ -147,8 +148,7 @@ def prepare(kind: str, size: int, seed: int = 0) -> Last:
 
 def numbers(kind: str, size: int) -> int:
     """How many numbers are trained."""
-    inner, hidden = base().model.layers[-1].mlp.gate_proj.weight.shape
-    return 3 * size * (hidden + inner if kind == "LoRA" else hidden)
+    return 3 * size * (HIDDEN + INNER if kind == "LoRA" else HIDDEN)
 
 
 def trial(people: int, kind: str, size: int, lr: float, steps: int = STEPS,

@@ -33,6 +33,8 @@ def model(tokenizer, monkeypatch):
         made.lm_head.weight *= 50                           # else its states are hardly there
     made.tokenizer = tokenizer
     monkeypatch.setattr(smol_facts, "base", lambda: made)
+    monkeypatch.setattr(smol_facts, "HIDDEN", 32)
+    monkeypatch.setattr(smol_facts, "INNER", 64)
     return made
 
 
