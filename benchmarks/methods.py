@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lora_lib.torch import LoRALinear, shared_input
 
 SCALING = 2
-KERNEL_RANK = 64               # its most; beyond, u does not fit beside y's tile
 
 
 class Formula(nn.Module):
@@ -51,13 +50,17 @@ class Kernel(nn.Module):
     """The Triton kernel, which only a GPU has: x read once for x W^T and x A^T, y written once."""
 
     def __init__(self, linear: nn.Linear, A: Tensor, B: Tensor):
-        from lora_lib.torch.kernel import lora_linear
         super().__init__()
         self.linear, self.A, self.B = linear, nn.Parameter(A), nn.Parameter(B)
-        self.call = lora_linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.call(x, self.linear.weight, self.linear.bias, self.A, self.B, SCALING)
+        return kernel().lora_linear(x, self.linear.weight, self.linear.bias, self.A, self.B, SCALING)
+
+
+def kernel():
+    """Its module, which needs Triton."""
+    from lora_lib.torch import kernel
+    return kernel
 
 
 ADAPTED = {"lora_lib": ours, "PEFT": peft, "loralib": microsoft,
@@ -76,7 +79,9 @@ def layers(size: int, rank: int, *, dtype=torch.float32, device="cpu",
     with torch.no_grad():
         linear.weight.copy_(draw(size, size)), linear.bias.copy_(draw(size))
     A, B = draw(rank, size).to(device), draw(size, rank).to(device)
-    adapted = ADAPTED | ({"kernel": Kernel} if device == "cuda" and rank <= KERNEL_RANK else {})
+    adapted = dict(ADAPTED)
+    if device == "cuda" and rank <= kernel().MAX_RANK:
+        adapted["kernel"] = Kernel
     return {"frozen": linear, "full": copy.deepcopy(linear).requires_grad_(),
             **{name: make(copy.deepcopy(linear), A.clone(), B.clone())
                for name, make in adapted.items()}}

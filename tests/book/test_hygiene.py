@@ -1,7 +1,12 @@
 """The check of a chapter's stored form sees each planted fault."""
 
+import base64
+import io
+
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_output
+from PIL import Image
 
 import notebooks
 
@@ -118,3 +123,21 @@ def test_a_large_file_is_caught(tmp_path):
 def test_fractions_and_addresses_are_no_paths():
     for text in ("d/r/k", "https://example.org/home/x", "</td></tr>", "bytes/step", "~/work/x"):
         assert notebooks.ABSOLUTE_PATH.search(text) is None
+
+
+def test_a_picture_is_stored_with_a_palette_and_looks_the_same():
+    x = np.linspace(0, 1, 300)
+    pixels = np.stack([x[:, None] * x, np.outer(x, 1 - x), np.outer(1 - x, x), np.ones((300, 300))], 2)
+    plain = Image.fromarray((255 * pixels).astype(np.uint8), "RGBA")
+    file = io.BytesIO()
+    plain.save(file, "PNG")
+    notebook = chapter()
+    notebook.cells[4].outputs[0].data["image/png"] = base64.b64encode(file.getvalue()).decode()
+    notebooks.normalise(notebook)
+    stored = notebook.cells[4].outputs[0].data["image/png"]
+    small = Image.open(io.BytesIO(base64.b64decode(stored)))
+    assert small.mode == "P" and len(stored) < len(file.getvalue())
+    apart = np.asarray(small.convert("RGBA")).astype(int) - np.asarray(plain)
+    assert 0 < np.abs(apart).max() < 40
+    notebooks.normalise(notebook)
+    assert notebook.cells[4].outputs[0].data["image/png"] == stored
